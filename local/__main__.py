@@ -1,0 +1,190 @@
+"""The whole product on one machine: no GPU, no Docker, no account.
+
+    python -m local                      boots everything, prints the URLs and a client command, stays up until Ctrl-C
+    python -m local -- COMMAND...        boots everything, runs COMMAND, stops everything; its exit code is COMMAND's
+
+`{url}` in COMMAND becomes the base URL of the RunPod stand-in; RUNPOD_API_KEY and RUNPOD_ENDPOINT_ID are set for it.
+`start.sh`, `rp_handler.py` and the SDK's loop are the real ones. ComfyUI is the stand-in of this folder, or the
+checkout that COMFYUI_DIR and COMFYUI_PYTHON name.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from local.serverless_api import worker_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+ENDPOINT = "local"
+BOOT_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 15.0
+POLL_S = 0.05
+PR_SET_PDEATHSIG = 1  # prctl(2): the child gets a signal when its parent dies, even of SIGKILL
+
+
+class LocalError(Exception):
+    """One sentence on why the stack cannot run."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A running stack. ``api_url`` is what a client's --url takes."""
+
+    platform: subprocess.Popen[str]
+    worker: subprocess.Popen[bytes]
+    platform_url: str
+    comfyui_url: str
+    api_key: str
+
+    @property
+    def api_url(self) -> str:
+        return f"{self.platform_url}/v2"
+
+    def raise_if_down(self) -> None:
+        for name, process in (("start.sh", self.worker), ("The RunPod stand-in", self.platform)):
+            if process.poll() is not None:
+                raise LocalError(f"{name} ended with code {process.returncode}; its lines above say why.")
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running_stack(environ: Mapping[str, str], platform_port: int = 0) -> Iterator[Stack]:
+    """Start the platform stand-in and `start.sh`; stop both, and all that they started, on the way out."""
+    api_key = secrets.token_hex(16)
+    platform = start([sys.executable, "-m", "local.serverless_api", "--port", str(platform_port), "--api-key", api_key,
+                      "--endpoint", ENDPOINT], environ, stdout=subprocess.PIPE)  # fmt: skip
+    try:
+        platform_url = platform.stdout.readline().split()[-1:] if platform.stdout else []
+        if not platform_url:
+            raise LocalError("The RunPod stand-in did not start; its line above says why.")
+        settings = worker_settings(environ, platform_url[0], api_key)
+        worker = start(["bash", str(ROOT / "start.sh")], settings)
+        try:
+            yield Stack(platform, worker, platform_url[0], f"http://127.0.0.1:{settings['COMFYUI_PORT']}", api_key)
+        finally:
+            stop(worker)
+    finally:
+        stop(platform)
+
+
+def worker_settings(environ: Mapping[str, str], platform_url: str, api_key: str) -> dict[str, str]:
+    """The environment of `start.sh`: what the caller has set wins."""
+    worker_id = f"local-{os.getpid()}"
+    settings = {
+        "COMFYUI_PORT": str(free_port()),
+        "RAMDISK_DIR": f"/dev/shm/comfy-endpoint-{worker_id}",
+        "WORKER_PYTHON": sys.executable,
+    }
+    if "COMFYUI_DIR" not in environ:
+        settings |= {"COMFYUI_DIR": str(ROOT / "local" / "comfyui"), "COMFYUI_PYTHON": sys.executable}
+    if not Path("/dev/nvidiactl").exists():
+        settings["COMFYUI_ARGS"] = "--cpu"
+    return {**settings, **environ, **worker_environment(platform_url, ENDPOINT, api_key, worker_id)}
+
+
+def start(command: list[str], environ: Mapping[str, str], stdout: int | None = None) -> subprocess.Popen[str]:
+    """A child in a session of its own, so that Ctrl-C reaches only us and we end it in order; it never outlives us."""
+    libc = ctypes.CDLL(None)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=dict(environ),
+        stdin=subprocess.DEVNULL,
+        stdout=stdout if stdout is not None else sys.stderr.fileno(),
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+    )
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """SIGTERM, which ends each of our programs in order; SIGKILL to its whole session where that takes too long."""
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run_command(stack: Stack, command: list[str], environ: Mapping[str, str]) -> int:
+    """Run ``command`` against the stack; returns its exit code. Raises LocalError if the stack dies under it."""
+    words = [word.replace("{url}", stack.api_url) for word in command]
+    client = subprocess.Popen(
+        words, env={**environ, "RUNPOD_API_KEY": stack.api_key, "RUNPOD_ENDPOINT_ID": ENDPOINT}, stdin=subprocess.DEVNULL
+    )
+    try:
+        while client.poll() is None:
+            stack.raise_if_down()
+            time.sleep(POLL_S)
+    finally:
+        client.terminate()
+        client.wait()
+    return client.returncode
+
+
+def wait_until_up(stack: Stack) -> None:
+    """Return when ComfyUI answers. Raises LocalError."""
+    deadline = time.monotonic() + BOOT_TIMEOUT_S
+    while time.monotonic() < deadline:
+        stack.raise_if_down()
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{stack.comfyui_url}/system_stats", timeout=2):
+            return
+        time.sleep(POLL_S)
+    raise LocalError(f"ComfyUI did not answer within {BOOT_TIMEOUT_S:g} s.")
+
+
+def stay_up(stack: Stack) -> None:
+    """Print how to use the stack, then wait until it dies or Ctrl-C."""
+    wait_until_up(stack)
+    print(
+        f"\nRunPod API  {stack.api_url}/{ENDPOINT}   (key: {stack.api_key})\n"
+        f"ComfyUI     {stack.comfyui_url}\n\n"
+        f"RUNPOD_API_KEY={stack.api_key} .venv/bin/python client.py --url {stack.api_url} --endpoint {ENDPOINT} \\\n"
+        "    --workflow workflows/one_image.json --img workflows/photos/coffee.jpg\n\nCtrl-C stops everything.",
+        flush=True,
+    )
+    while True:
+        stack.raise_if_down()
+        time.sleep(0.5)
+
+
+def main() -> int:
+    """Returns the command's exit code, 0 after Ctrl-C, or 1 with one sentence on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m local", description="Run the whole stack on this machine.")
+    parser.add_argument("--platform-port", type=int, default=0, help="port of the RunPod stand-in (default: a free one)")
+    parser.add_argument("command", nargs="*", help="what to run against the stack; {url} is its base URL")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end in order, as after Ctrl-C
+    try:
+        with running_stack(os.environ, options.platform_port) as stack:
+            if options.command:
+                return run_command(stack, options.command, os.environ)
+            stay_up(stack)
+    except LocalError as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0 if not options.command else 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

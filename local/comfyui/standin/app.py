@@ -1,0 +1,81 @@
+"""Builds the stand-in from its options and runs it: HTTP in an asyncio loop, prompts in one worker thread."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from . import COMFYUI_VERSION
+from .executor import Executor
+from .folders import Folders
+from .options import parse
+from .prompt_queue import PromptQueue
+from .routes import Routes
+from .sessions import Sessions, queue_info
+
+log = logging.getLogger(__name__)
+
+# ComfyUI validates and signs a chain of nodes by recursion, with one Python frame a node, and so takes chains of some
+# 600 nodes under Python's limit of 1000 frames. Here a node takes three frames.
+_RECURSION_LIMIT = 3000
+
+
+def main(argv: list[str]) -> int:
+    """Run until SIGINT (status 0) or SIGTERM (the process ends at once, as ComfyUI's does)."""
+    options = parse(argv[1:], Path(argv[0]).absolute().parent)
+    stream = sys.stdout if options.log_stdout else sys.stderr
+    logging.basicConfig(level=options.verbose, format="%(message)s", stream=stream)
+    log.info("This is a stand-in for ComfyUI %s: its protocol and its model-free image nodes.", COMFYUI_VERSION)
+    sys.setrecursionlimit(_RECURSION_LIMIT)
+    folders = Folders(options.input_directory, options.output_directory, options.temp_directory)
+    shutil.rmtree(folders.temp, ignore_errors=True)
+    try:
+        folders.temp.mkdir(parents=True)
+        asyncio.run(_serve(options, folders))
+    except KeyboardInterrupt:
+        log.info("Stopped server")
+    except OSError as failure:
+        log.error("cannot start: %s", failure)
+        return 1
+    finally:
+        shutil.rmtree(folders.temp, ignore_errors=True)
+    return 0
+
+
+async def _serve(options: argparse.Namespace, folders: Folders) -> None:
+    sessions = Sessions(asyncio.get_running_loop(), _features(options.max_upload_size))
+    executor = Executor(sessions, folders, metadata=not options.disable_metadata)
+    queue = PromptQueue(lambda remaining: sessions.publish("status", {"status": queue_info(remaining)}))
+    routes = Routes(queue, sessions, executor, folders)
+    runner = web.AppRunner(routes.application(options), access_log=None)
+    await runner.setup()
+    for address in options.listen.split(","):
+        await web.TCPSite(runner, address, options.port).start()
+        log.info("To see the GUI go to: http://%s:%s", address, options.port)
+    threading.Thread(target=executor.work_forever, args=(queue, _history_delay_s()), daemon=True).start()
+    await sessions.deliver_forever()
+
+
+def _features(max_upload_size_mib: float) -> dict[str, Any]:
+    """What GET /features of 0.18.1 says (comfy_api/feature_flags.py)."""
+    return {
+        "supports_preview_metadata": True,
+        "max_upload_size": round(max_upload_size_mib * 1024 * 1024),
+        "extension": {"manager": {"supports_v4": True}},
+        "node_replacements": True,
+        "assets": False,
+    }
+
+
+def _history_delay_s() -> float:
+    """STANDIN_HISTORY_DELAY_MS widens the gap between execution_success and the history entry (default 1.5 ms)."""
+    return float(os.environ.get("STANDIN_HISTORY_DELAY_MS", "1.5")) / 1000

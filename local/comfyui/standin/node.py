@@ -1,0 +1,100 @@
+"""What a node class of the stand-in is, and its description as /object_info gives it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from .folders import Folders
+
+# {"required": {name: (type or list of choices, options)}, "optional": {...}, "hidden": {name: "PROMPT"}}
+Inputs = dict[str, dict[str, Any]]
+
+
+class InterruptedPromptError(Exception):
+    """The running prompt was told to stop (POST /interrupt)."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a node gives: one value per output slot, and lists for the `outputs` of the history."""
+
+    outputs: tuple[Any, ...] = ()
+    ui: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a node may use while it runs.
+
+    `progress(value, maximum, preview)` reports a step; it raises InterruptedPromptError when the prompt is to stop.
+    """
+
+    folders: Folders
+    metadata: bool
+    progress: Callable[[float, float, Image.Image | None], None]
+
+
+class Node(ABC):
+    """Base of all node classes. One instance serves a node id until the id or its class leaves the workflow."""
+
+    display_name: ClassVar[str]
+    category: ClassVar[str] = "image"
+    module: ClassVar[str] = "nodes"
+    returns: ClassVar[tuple[str, ...]] = ()
+    output_names: ClassVar[tuple[str, ...] | None] = None
+    output_node: ClassVar[bool] = False
+    deprecated: ClassVar[bool] = False
+    # Inputs that `validate` looks at itself; ComfyUI then leaves out its own check of range and choices.
+    validates: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    @abstractmethod
+    def inputs(cls, folders: Folders) -> Inputs:
+        """The inputs that the class takes, with the choices of this moment."""
+
+    @classmethod
+    def validate(cls, folders: Folders, values: Mapping[str, Any]) -> str | None:
+        """The reason to refuse `values`, the literal inputs named in `validates`; None accepts them."""
+        return None
+
+    @classmethod
+    def fingerprint(cls, folders: Folders, values: Mapping[str, Any]) -> Any:
+        """Something outside the workflow that the result depends on; equal values keep the cached result."""
+        return None
+
+    @abstractmethod
+    def run(self, context: Context, **inputs: Any) -> Result:
+        """Execute the node. Whatever it raises becomes an execution_error of the prompt."""
+
+
+def describe(node_class: type[Node], folders: Folders) -> dict[str, Any]:
+    """The entry of one class in GET /object_info (server.py 0.18.1, without the texts for the web interface)."""
+    inputs = node_class.inputs(folders)
+    entry: dict[str, Any] = {
+        "input": inputs,
+        "input_order": {category: list(names) for category, names in inputs.items()},
+        "is_input_list": False,
+        "output": node_class.returns,
+        "output_is_list": [False] * len(node_class.returns),
+        "output_name": node_class.output_names or node_class.returns,
+        "name": node_class.__name__,
+        "display_name": node_class.display_name,
+        "description": "",
+        "python_module": node_class.module,
+        "category": node_class.category,
+        "output_node": node_class.output_node,
+    }
+    if node_class.deprecated:
+        entry["deprecated"] = True
+    return entry
+
+
+def type_name(failure: BaseException) -> str:
+    """`PIL.UnidentifiedImageError`, but `KeyError` for a builtin: how ComfyUI names exceptions on the wire."""
+    kind = type(failure)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

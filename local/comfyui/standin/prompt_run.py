@@ -1,0 +1,157 @@
+"""One execution of one workflow (execution.py of ComfyUI 0.18.1, PromptExecutor and execute)."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from .cache import Cached, ResultCache
+from .catalogue import NODE_CLASSES
+from .folders import Folders
+from .node import Context, InterruptedPromptError, type_name
+from .plan import Plan
+from .progress import Progress
+from .prompt_queue import Item, Outcome
+from .sessions import Sessions
+from .workflow import is_link
+
+log = logging.getLogger(__name__)
+
+
+class PromptRun:
+    """Runs the nodes of a prompt. `outcome` is what the history keeps of it."""
+
+    def __init__(
+        self,
+        item: Item,
+        sessions: Sessions,
+        cache: ResultCache,
+        folders: Folders,
+        check_interrupt: Callable[[], None],
+    ) -> None:
+        _, self._prompt_id, self._workflow, self._extra_data, self._outputs, _ = item
+        self._sessions = sessions
+        self._cache = cache
+        self._folders = folders
+        self._check_interrupt = check_interrupt
+        self._progress = Progress(sessions, self._prompt_id, check_interrupt)
+        self._executed: list[str] = []
+        self.outcome = Outcome()
+
+    def execute(self, *, metadata: bool) -> None:
+        """Run to the end, whichever it is; with `metadata` the saved files hold the workflow."""
+        self._report("execution_start")
+        self._cache.start(self._workflow)
+        cached = [node_id for node_id in self._workflow if self._is_cached(node_id)]
+        self._report("execution_cached", nodes=cached)
+        plan = Plan(self._workflow, self._outputs, self._is_cached)
+        while (node_id := plan.next()) is not None:
+            if not self._run_node(node_id, metadata):
+                self.outcome.success = False
+                return
+            plan.done(node_id)
+        self._report("execution_success")
+
+    def _is_cached(self, node_id: str) -> bool:
+        return self._cache.get(node_id) is not None
+
+    def _run_node(self, node_id: str, metadata: bool) -> bool:
+        """Run a node, or repeat the message of a cached one. False: it stopped the prompt, and that is reported."""
+        cached = self._cache.get(node_id)
+        if cached is not None:
+            self._repeat(node_id, cached)
+            return True
+        inputs: dict[str, Any] = {}
+        self._progress.start(node_id)
+        try:
+            inputs.update(self._gather(node_id))
+            self._compute(node_id, inputs, metadata)
+        except InterruptedPromptError:
+            log.info("Processing interrupted")
+            self._report_stop("execution_interrupted", node_id, always=True)
+            return False
+        except Exception as failure:
+            log.exception("!!! Exception during processing !!! %s", failure)
+            self._report_stop("execution_error", node_id, **self._error_details(failure, inputs))
+            return False
+        self._progress.finish(node_id)
+        self._executed.append(node_id)
+        return True
+
+    def _repeat(self, node_id: str, cached: Cached) -> None:
+        output = cached.ui["output"] if cached.ui else None
+        # Only for a prompt with a client does a cached result get into the history (0.18.1, execute).
+        if self._tell("executed", node=node_id, display_node=node_id, output=output) and cached.ui:
+            self._keep(node_id, cached.ui)
+        self._progress.finish(node_id)
+
+    def _gather(self, node_id: str) -> dict[str, Any]:
+        """The values for a node: known inputs only (a nonce under an unknown name never arrives), and hidden ones."""
+        node = self._workflow[node_id]
+        declared = NODE_CLASSES[node["class_type"]].inputs(self._folders)
+        known = {**declared.get("required", {}), **declared.get("optional", {})}
+        values = {}
+        for name, value in node["inputs"].items():
+            if is_link(value):
+                source = self._cache.get(value[0])
+                values[name] = source.outputs[value[1]] if source else None
+            elif name in known:
+                values[name] = value
+        hidden = {"PROMPT": self._workflow, "EXTRA_PNGINFO": self._extra_data.get("extra_pnginfo")}
+        return values | {name: hidden[kind] for name, kind in declared.get("hidden", {}).items()}
+
+    def _compute(self, node_id: str, inputs: dict[str, Any], metadata: bool) -> None:
+        self._sessions.last_node_id = node_id
+        self._tell("executing", node=node_id, display_node=node_id)
+        node = self._cache.node_object(node_id, self._workflow[node_id]["class_type"])
+        self._check_interrupt()
+        result = node.run(Context(self._folders, metadata, partial(self._progress.step, node_id)), **inputs)
+        ui = None
+        if result.ui:
+            meta = {"node_id": node_id, "display_node": node_id, "parent_node": None, "real_node_id": node_id}
+            ui = {"meta": meta, "output": result.ui}
+            self._keep(node_id, ui)
+            self._tell("executed", node=node_id, display_node=node_id, output=result.ui)
+        self._cache.put(node_id, Cached(result.outputs, ui))
+
+    def _keep(self, node_id: str, ui: dict[str, Any]) -> None:
+        self.outcome.outputs[node_id] = ui["output"]
+        self.outcome.meta[node_id] = ui["meta"]
+
+    def _error_details(self, failure: Exception, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "exception_message": f"{failure}\n",
+            "exception_type": type_name(failure),
+            "traceback": traceback.format_tb(failure.__traceback__),
+            "current_inputs": {name: [_printable(value)] for name, value in inputs.items()},
+            "current_outputs": list(self._workflow),
+        }
+
+    def _tell(self, event: str, **data: Any) -> bool:
+        """Send to the prompt's client; False when it has none."""
+        client_id = self._sessions.client_id
+        if client_id is None:
+            return False
+        self._sessions.publish(event, {**data, "prompt_id": self._prompt_id}, client_id)
+        return True
+
+    def _report(self, event: str, *, always: bool = False, **data: Any) -> None:
+        """Send to the prompt's client (with `always`: to everybody, if it has none) and keep for the history."""
+        stamped = {"prompt_id": self._prompt_id, **data, "timestamp": int(time.time() * 1000)}
+        self.outcome.messages.append((event, stamped))
+        if self._sessions.client_id is not None or always:
+            self._sessions.publish(event, stamped, self._sessions.client_id)
+
+    def _report_stop(self, event: str, node_id: str, *, always: bool = False, **details: Any) -> None:
+        node_type = self._workflow[node_id]["class_type"]
+        self._report(
+            event, always=always, node_id=node_id, node_type=node_type, executed=list(self._executed), **details
+        )
+
+
+def _printable(value: Any) -> Any:
+    return value if value is None or isinstance(value, (int, float, str)) else str(value)

@@ -1,0 +1,90 @@
+"""Output nodes: files for the history, and images over the websocket (nodes.py of ComfyUI 0.18.1)."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL.PngImagePlugin import PngInfo
+
+from .folders import Folders, save_place
+from .images import Batch
+from .node import Context, Inputs, Node, Result
+
+_HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}
+
+
+class SaveImage(Node):
+    display_name = "Save Image"
+    output_node = True
+
+    @classmethod
+    def inputs(cls, folders: Folders) -> Inputs:
+        prefix = ("STRING", {"default": "ComfyUI"})
+        return {"required": {"images": ("IMAGE", {}), "filename_prefix": prefix}, "hidden": dict(_HIDDEN)}
+
+    def run(self, context: Context, **inputs: Any) -> Result:
+        metadata = _png_metadata(inputs) if context.metadata else None
+        return _save(inputs["images"], inputs["filename_prefix"], context.folders.output, "output", metadata, 4)
+
+
+class PreviewImage(Node):
+    display_name = "Preview Image"
+    output_node = True
+
+    def __init__(self) -> None:
+        # One name per node object, which outlives the prompt: a second run of the node counts on.
+        self._prefix = "ComfyUI_temp_" + "".join(random.choices(string.ascii_lowercase, k=5))
+
+    @classmethod
+    def inputs(cls, folders: Folders) -> Inputs:
+        return {"required": {"images": ("IMAGE",)}, "hidden": dict(_HIDDEN)}
+
+    def run(self, context: Context, **inputs: Any) -> Result:
+        metadata = _png_metadata(inputs) if context.metadata else None
+        return _save(inputs["images"], self._prefix, context.folders.temp, "temp", metadata, 1)
+
+
+class SaveImageWebsocket(Node):
+    display_name = "SaveImageWebsocket"
+    category = "api/image"
+    module = "custom_nodes.websocket_image_save"
+    output_node = True
+
+    @classmethod
+    def inputs(cls, folders: Folders) -> Inputs:
+        return {"required": {"images": ("IMAGE",)}}
+
+    @classmethod
+    def fingerprint(cls, folders: Folders, values: Mapping[str, Any]) -> Any:
+        return time.time()
+
+    def run(self, context: Context, **inputs: Any) -> Result:
+        images: Batch = inputs["images"]
+        for number, frame in enumerate(images.frames):
+            context.progress(number, len(images.frames), frame.to_pixels())
+        return Result()
+
+
+def _png_metadata(inputs: Mapping[str, Any]) -> PngInfo:
+    metadata = PngInfo()
+    metadata.add_text("prompt", json.dumps(inputs["prompt"]))
+    for name, value in (inputs["extra_pnginfo"] or {}).items():
+        metadata.add_text(name, json.dumps(value))
+    return metadata
+
+
+def _save(images: Batch, prefix: str, folder: Path, kind: str, metadata: PngInfo | None, compress_level: int) -> Result:
+    place = save_place(folder, prefix, *images.size)
+    files = []
+    for number, frame in enumerate(images.frames):
+        stem = place.stem.replace("%batch_num%", str(number))
+        name = f"{stem}_{place.counter + number:05}_.png"
+        frame.to_pixels().save(place.folder / name, pnginfo=metadata, compress_level=compress_level)
+        files.append({"filename": name, "subfolder": place.subfolder, "type": kind})
+    return Result(ui={"images": files})

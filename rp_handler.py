@@ -1,0 +1,291 @@
+"""The RunPod handler: one job from input to result, told as seven steps, and the loop that asks for jobs.
+
+This is the composition root and the only file that imports runpod; the steps are made of what is in `worker/`.
+Start it with `start.sh`, which makes the RAM disk and supervises ComfyUI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import runpod.serverless
+from runpod.http_client import AsyncClientSession
+from runpod.serverless.modules.rp_http import send_result
+from runpod.serverless.modules.worker_state import JobsProgress
+
+from worker.comfyui import ComfyUI
+from worker.config import Config, ConfigError
+from worker.errors import RamDiskError, WorkerError, WorkerFault, internal_error
+from worker.follow import JobControl, Progress, run_workflow
+from worker.outputs import collect_outputs, result_limit_bytes
+from worker.payload import JobRequest, json_safe, parse_job_input
+from worker.process import ComfyUIProcess
+from worker.ramdisk import RamDisk
+
+log = logging.getLogger("handler")
+current_job_id: contextvars.ContextVar[str] = contextvars.ContextVar("job_id", default="-")
+
+PROGRESS_INTERVAL_S = 1.0
+MODELS_POLL_S = 0.05
+EXIT_POLL_S = 0.02
+
+
+class Worker:
+    """What a job needs, made once from the configuration."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.ramdisk = RamDisk(config.ramdisk_dir)
+        self.process = ComfyUIProcess(config.ramdisk_dir / "run")
+        self.comfyui = ComfyUI(config.comfyui_port, self.process)
+
+    def run_job(
+        self, job_id: str, job_input: object, control: JobControl, on_progress: Callable[[Progress], None]
+    ) -> dict[str, Any]:
+        """The seven steps. Returns the result; raises WorkerError. Blocks, so it runs in a thread of its own."""
+        steps = StepTimer()
+        with steps("parse"):
+            request = parse_job_input(job_input)
+            control.shorten(request.timeout_s or control.timeout_s)
+        with steps("clear"):
+            state = self.comfyui.wait_ready(min(self.config.boot_timeout_s, control.remaining_s()), control.check)
+            self.comfyui.clear_queue(self.config.interrupt_grace_s)
+            self.ramdisk.wipe()
+        with self._wiped_afterwards(request, steps):
+            with steps("write"):
+                self.ramdisk.write_inputs(request.files)
+            with steps("run"):  # queue the workflow, follow it, read its history
+                outcome = run_workflow(
+                    self.comfyui,
+                    request.workflow,
+                    control=control,
+                    on_progress=on_progress,
+                    interrupt_grace_s=self.config.interrupt_grace_s,
+                    api_key=request.comfy_org_api_key,
+                )
+            with steps("collect"):
+                limit_bytes = result_limit_bytes(job_id, self.config.result_limit_bytes)
+                result: dict[str, Any] = {"status": "success"}
+                result |= collect_outputs(outcome, self.ramdisk, limit_bytes)
+                result["warnings"] = [*request.warnings, *outcome.warnings]
+                if request.debug:
+                    result["debug"] = self._diagnostics(outcome.prompt_id)
+        self.process.note_success(state)
+        result["timings_ms"] = steps.timings_ms
+        return result
+
+    @contextlib.contextmanager
+    def _wiped_afterwards(self, request: JobRequest, steps: StepTimer) -> Iterator[None]:
+        """The seventh step, also after a failure. With `debug` everything stays until the next job's second step."""
+        try:
+            yield
+        finally:
+            if not request.debug:
+                with steps("wipe"):
+                    self._wipe()
+
+    def _wipe(self) -> None:
+        try:
+            self.ramdisk.wipe()
+            self.process.scrub_log()
+        except RamDiskError as error:
+            # The caller still gets the result; the next job's second step tries again and refuses to run.
+            log.error("%s", error)
+
+    def _diagnostics(self, prompt_id: str) -> dict[str, Any]:
+        root = self.config.ramdisk_dir
+        folders = [root / name for name in ("input", "output", "temp")]
+        return {
+            "prompt_id": prompt_id,
+            "kept_until": "the next job on this worker",
+            "files": sorted(str(path) for folder in folders for path in folder.rglob("*") if path.is_file()),
+            "free_bytes": self.ramdisk.free_bytes(),
+            "comfyui_log": self.process.log_tail(),
+        }
+
+
+class StepTimer:
+    """Measures and logs the steps of one job: ``timings_ms`` by name."""
+
+    def __init__(self) -> None:
+        self.timings_ms: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.timings_ms[step] = round(1000 * (time.monotonic() - started), 1)
+            log.info("%s: %.1f ms", step, self.timings_ms[step])
+
+
+class ProgressSender:
+    """Posts a job's progress: at most one update a second, the newest one, in order, none after the result.
+
+    The SDK's own `progress_update` is one thread a call: a burst of 200 gave 45 inversions and a post after the final
+    result (runpod 1.12.0), and a late one has left a finished job at IN_PROGRESS.
+    """
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self._job = job
+        self._newest: Progress | None = None
+        self._closed = asyncio.Event()
+        self._task = asyncio.create_task(self._send())
+
+    def offer(self, progress: Progress) -> None:
+        """Called from the job's thread with each step of the run; only remembers it."""
+        self._newest = progress
+
+    async def _send(self) -> None:
+        while not await self._is_closed_within(PROGRESS_INTERVAL_S):
+            if self._newest is not None:
+                progress, self._newest = self._newest, None
+                async with AsyncClientSession() as session:
+                    await send_result(session, {"status": "IN_PROGRESS", "output": json_safe(progress)}, self._job)
+
+    async def _is_closed_within(self, timeout_s: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._closed.wait(), timeout_s)
+        return self._closed.is_set()
+
+    async def close(self) -> None:
+        """Returns when no update is on its way any more, after at most a second."""
+        self._closed.set()
+        await asyncio.wait([self._task], timeout=PROGRESS_INTERVAL_S)
+        self._task.cancel()
+
+
+class Endpoint:
+    """The worker as the SDK sees it: an async handler, and a clean way out."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._stop_taking_jobs: Callable[[int, Any], Any] | None = None
+        self._leaving: asyncio.Task[None] | None = None
+        self.exit_code = 0
+
+    async def handle(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The handler. The blocking work runs in one thread, shielded: a cancellation stops ComfyUI and waits for the
+        thread's end, so two jobs never overlap."""
+        current_job_id.set(job["id"])
+        control = JobControl(self._worker.config.job_timeout_s)
+        sender = ProgressSender(job)
+        work = asyncio.create_task(asyncio.to_thread(self._run, job, control, sender.offer))
+        try:
+            result = await asyncio.shield(work)
+        except asyncio.CancelledError:
+            log.info("cancelled by RunPod")
+            control.cancel()
+            while not work.done():  # a second cancellation must not leave the thread behind
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([work])
+            raise
+        finally:
+            await sender.close()
+        if result.get("refresh_worker"):
+            self.leave()
+        return result
+
+    def _run(self, job: dict[str, Any], control: JobControl, on_progress: Callable[[Progress], None]) -> dict[str, Any]:
+        """The one place where exceptions become an answer."""
+        try:
+            result = self._worker.run_job(job["id"], job.get("input"), control, on_progress)
+        except WorkerError as error:
+            # What ComfyUI or a caller said may hold prompt text: only our own sentences go into the log.
+            own_words = error.message if isinstance(error, WorkerFault) else error.details.get("exception_type", "")
+            log.warning("%s %s", error.code, own_words)
+            result = error.as_result()
+            if error.replace_worker:
+                result["refresh_worker"] = True
+                self.exit_code = 1
+        except Exception as error:  # noqa: BLE001 - the outermost function of a job; a bug must not end the worker
+            log.error("INTERNAL %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+            result = internal_error()
+        return json_safe(result)  # type: ignore[no-any-return]
+
+    def before_job_take(self, concurrency: int) -> int:
+        """The SDK calls its ``concurrency_modifier`` in the event loop before each job-take: the place to take over
+        SIGTERM, to which the SDK's answer is to finish its pending poll; a job that arrives in it is never run."""
+        if self._stop_taking_jobs is None:
+            sdk_handler = signal.getsignal(signal.SIGTERM)  # JobScaler.handle_shutdown (rp_scale.py, runpod 1.12.0)
+            assert callable(sdk_handler)
+            self._stop_taking_jobs = sdk_handler
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, self.leave)
+        return concurrency
+
+    def leave(self) -> None:
+        """End the worker: at once when idle, else when the running job's result has been posted."""
+        if self._leaving is None and self._stop_taking_jobs is not None:
+            self._stop_taking_jobs(signal.SIGTERM, None)
+            self._leaving = asyncio.create_task(self._leave_when_idle())
+
+    async def _leave_when_idle(self) -> None:
+        while JobsProgress().get_job_count():  # the SDK removes a job after its result has been posted
+            await asyncio.sleep(EXIT_POLL_S)
+        for task in asyncio.all_tasks():
+            if task is not asyncio.current_task():
+                task.cancel()  # among them the pending job-take and job-stop polls, which the platform may hold for long
+
+
+def wait_until_ready(worker: Worker) -> None:
+    """Return when ComfyUI answers and `start.sh` says that the models are settled, so that no job waits in a worker
+    that cannot run it. Raises ComfyUIUnavailable."""
+    started = time.monotonic()
+    worker.comfyui.wait_ready(worker.config.boot_timeout_s)
+    log.info("ComfyUI answers after %.1f s", time.monotonic() - started)
+    settled = worker.config.ramdisk_dir / "run" / "models-settled"
+    while not settled.exists():
+        if time.monotonic() - started > worker.config.boot_timeout_s:
+            log.error("models are still loading after %g s; starting without them", worker.config.boot_timeout_s)
+            return
+        time.sleep(MODELS_POLL_S)
+
+
+def configure_logging(level: str) -> None:
+    """One line a step with the job id, on stderr. ``force``: importing runpod has set up logging already."""
+
+    def add_job_id(record: logging.LogRecord) -> bool:
+        record.job_id = current_job_id.get()
+        return True
+
+    output = logging.StreamHandler()
+    output.addFilter(add_job_id)
+    form = "%(asctime)s %(levelname)s %(name)s [%(job_id)s] %(message)s"
+    logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S", handlers=[output], force=True)
+    logging.getLogger("urllib3").setLevel(logging.WARNING)
+
+
+def main() -> int:
+    """Returns the exit code: 0 after SIGTERM, 1 when the worker has to be replaced, 2 for a bad configuration."""
+    try:
+        config = Config.from_env(os.environ)
+    except ConfigError as error:
+        sys.stderr.write(f"ERROR: {error}\n")
+        return 2
+    configure_logging(config.log_level)
+    worker = Worker(config)
+    try:
+        wait_until_ready(worker)
+    except WorkerError as error:
+        log.error("%s %s", error.code, error.message)
+        return 1
+    endpoint = Endpoint(worker)
+    with contextlib.suppress(asyncio.CancelledError):  # how `leave` ends the SDK's loop
+        runpod.serverless.start({"handler": endpoint.handle, "concurrency_modifier": endpoint.before_job_take})
+    return endpoint.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

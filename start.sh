@@ -1,0 +1,266 @@
+#!/usr/bin/env bash
+# start.sh - entrypoint of the image, and of every local run: RAM disk, SSH, models, ComfyUI, handler; then it
+# supervises them. Every path comes from the environment (README.md has the table), so the same script boots the
+# container, the tests and a checkout of your own. It changes nothing below COMFYUI_DIR but the models that MODELS
+# asks for. Exit codes: 0 stopped by SIGTERM, 1 something died for good, 2 a setting is wrong, else the handler's own.
+set -Eeuo pipefail
+
+WORKER_DIR=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+comfyui_pid='' handler_pid='' sshd_pid='' models_pid=''
+generation=0 deaths=0
+
+# usage: log LEVEL MESSAGE...
+log() {
+    local level=$1
+    shift
+    printf '%(%H:%M:%S)T %s start.sh %s\n' -1 "$level" "$*" >&2
+}
+
+# usage: die EXIT_CODE MESSAGE...   one sentence that says what to set or do
+die() {
+    local code=$1
+    shift
+    log ERROR "$*"
+    exit "$code"
+}
+
+# usage: setup_environment   defaults, and refusal of what cannot work; exports what the handler reads
+setup_environment() {
+    : "${COMFYUI_DIR:=/ComfyUI}" "${COMFYUI_PORT:=8188}" "${COMFYUI_ARGS:=}" "${COMFYUI_LOG:=boot}"
+    : "${COMFYUI_PYTHON:=$COMFYUI_DIR/.venv/bin/python}" "${WORKER_PYTHON:=$WORKER_DIR/.venv/bin/python}"
+    : "${COMFYUI_MAX_DEATHS:=3}" "${RAMDISK_DIR:=/dev/shm/comfyui}" "${RAMDISK_MIN_MB:=256}" "${API_NODES:=0}"
+    : "${MODELS:=}" "${PUBLIC_KEY:=}" "${SSH_PORT:=22}" "${SSH_DIR:=/etc/ssh/comfy-endpoint}"
+    if [[ -z ${MODE:-} ]]; then
+        if [[ -n ${RUNPOD_WEBHOOK_GET_JOB:-} ]]; then MODE=serverless; else MODE=pod; fi
+    fi
+    export COMFYUI_DIR COMFYUI_PORT RAMDISK_DIR MODELS
+    # Our own checks say what is wrong; the SDK's would end the worker over a full model disk or a closed network.
+    export RUNPOD_SKIP_AUTO_SYSTEM_CHECKS=true RUNPOD_SKIP_GPU_CHECK=true
+    # At its default, DEBUG, the SDK logs results and progress (runpod 1.12.0).
+    export RUNPOD_LOG_LEVEL=${RUNPOD_LOG_LEVEL:-INFO}
+
+    [[ $MODE == serverless || $MODE == pod ]] || die 2 "MODE is '$MODE'; set it to serverless or pod."
+    [[ $COMFYUI_PORT =~ ^[0-9]+$ ]] || die 2 "COMFYUI_PORT is '$COMFYUI_PORT'; set it to a port number."
+    [[ -f $COMFYUI_DIR/main.py ]] || die 2 "There is no ComfyUI in COMFYUI_DIR=$COMFYUI_DIR (no main.py)."
+    command -v -- "$COMFYUI_PYTHON" >/dev/null || die 2 "COMFYUI_PYTHON=$COMFYUI_PYTHON is no program."
+    command -v -- "$WORKER_PYTHON" >/dev/null || die 2 "WORKER_PYTHON=$WORKER_PYTHON is no program."
+    [[ " $COMFYUI_ARGS" != *' --listen'* && " $COMFYUI_ARGS" != *' --port'* ]] ||
+        die 2 "COMFYUI_ARGS has --listen or --port; ComfyUI binds 127.0.0.1 only, and its port is COMFYUI_PORT."
+    ! is_listening || die 2 "Port $COMFYUI_PORT is taken by another program; set COMFYUI_PORT to a free one."
+}
+
+# usage: is_listening   true when something accepts connections on ComfyUI's port
+is_listening() {
+    (exec 3<>"/dev/tcp/127.0.0.1/$COMFYUI_PORT") 2>/dev/null
+}
+
+# usage: claim_ramdisk   the directories, the marker without which nothing is ever wiped, and a lock
+claim_ramdisk() {
+    local marker=$RAMDISK_DIR/.comfy-endpoint-ramdisk
+    if [[ -e $RAMDISK_DIR && ! -e $marker && -n $(ls -A -- "$RAMDISK_DIR") ]]; then
+        die 2 "RAMDISK_DIR=$RAMDISK_DIR holds files that are not ours; set it to a directory of its own."
+    fi
+    (umask 077 && mkdir -p -- "$RAMDISK_DIR" && echo comfy-endpoint >"$marker" &&
+        mkdir -p -- "$RAMDISK_DIR"/{input,output,temp,run,user}) 2>/dev/null ||
+        die 1 "RAMDISK_DIR=$RAMDISK_DIR cannot be written; is /dev/shm full or read-only (docker: --shm-size)?"
+    exec 9<"$marker"
+    flock -n 9 || die 2 "Another worker uses RAMDISK_DIR=$RAMDISK_DIR; set it to a directory of its own."
+}
+
+# usage: prepare_ramdisk   wipes what a killed worker left behind, and measures
+prepare_ramdisk() {
+    local free_mb
+    if [[ -n $(find "$RAMDISK_DIR"/{input,output,temp} -mindepth 1 -print -quit) ]]; then
+        log WARNING "Wiping what an earlier worker left in $RAMDISK_DIR."
+        wipe_ramdisk || die 1 "The leftovers in $RAMDISK_DIR cannot be wiped."
+    fi
+    rm -rf -- "${RAMDISK_DIR:?}/run/"*
+    free_mb=$(($(stat -f -c '%a * %S' -- "$RAMDISK_DIR") / 1048576))
+    log INFO "RAM disk $RAMDISK_DIR: $free_mb MB free."
+    ((free_mb >= RAMDISK_MIN_MB)) ||
+        log WARNING "The RAM disk has less than RAMDISK_MIN_MB=$RAMDISK_MIN_MB MB; give the container --shm-size=1g."
+    [[ $(stat -f -c %T -- "$RAMDISK_DIR") =~ ^(tmpfs|ramfs)$ ]] ||
+        log WARNING "$RAMDISK_DIR is not on a RAM disk: inputs and outputs will reach a real disk."
+}
+
+# usage: wipe_ramdisk   overwrites and removes inputs, outputs and temporary files
+wipe_ramdisk() {
+    (cd -- "$WORKER_DIR" && "$WORKER_PYTHON" -m worker.ramdisk "$RAMDISK_DIR")
+}
+
+# usage: start_sshd   only with PUBLIC_KEY: keys only, forwarding to ComfyUI only; a failure is a warning
+start_sshd() {
+    [[ -n $PUBLIC_KEY ]] || return 0
+    if [[ ! -x /usr/sbin/sshd ]]; then
+        log WARNING "PUBLIC_KEY is set, but there is no /usr/sbin/sshd; no SSH."
+        return 0
+    fi
+    (umask 077 && mkdir -p -- "$SSH_DIR" /run/sshd && printf '%s\n' "${PUBLIC_KEY//$'\r'/}" >"$SSH_DIR/authorized_keys")
+    # Made at boot: a key inside the image would be the same, and known, on every machine.
+    [[ -e $SSH_DIR/host_key ]] || ssh-keygen -q -t ed25519 -N '' -f "$SSH_DIR/host_key"
+    cat >"$SSH_DIR/sshd_config" <<CONFIG
+Port $SSH_PORT
+HostKey $SSH_DIR/host_key
+AuthorizedKeysFile $SSH_DIR/authorized_keys
+PidFile none
+PermitRootLogin prohibit-password
+AuthenticationMethods publickey
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+AllowTcpForwarding local
+PermitOpen 127.0.0.1:$COMFYUI_PORT
+AllowAgentForwarding no
+X11Forwarding no
+CONFIG
+    log INFO "SSH on port $SSH_PORT, host key $(ssh-keygen -l -f "$SSH_DIR/host_key.pub" | cut -d' ' -f2)."
+    /usr/sbin/sshd -D -e -f "$SSH_DIR/sshd_config" &
+    sshd_pid=$!
+}
+
+# usage: start_models   links at once what needs no network; downloads the rest beside ComfyUI's boot
+start_models() {
+    if [[ -z $MODELS ]]; then
+        touch -- "$RAMDISK_DIR/run/models-settled"
+        return 0
+    fi
+    "$WORKER_PYTHON" "$WORKER_DIR/utils.py" --link-only >&2 || log ERROR "MODELS has entries that cannot be used (above)."
+    "$WORKER_PYTHON" "$WORKER_DIR/utils.py" >&2 &
+    models_pid=$!
+}
+
+# usage: on_models_end EXIT_CODE   a missing model refuses the jobs that need it, not the whole worker
+on_models_end() {
+    models_pid=''
+    (($1 == 0)) || log ERROR "SOME MODELS ARE MISSING (above); jobs that need them will be refused."
+    touch -- "$RAMDISK_DIR/run/models-settled"
+}
+
+# usage: start_comfyui   on 127.0.0.1 always, with its files on the RAM disk and without the worker's secrets
+start_comfyui() {
+    local log_file=$RAMDISK_DIR/run/comfyui.log log_start extra_args
+    local args=(
+        --listen 127.0.0.1 --port "$COMFYUI_PORT" --disable-auto-launch
+        --input-directory "$RAMDISK_DIR/input" --output-directory "$RAMDISK_DIR/output"
+        --temp-directory "$RAMDISK_DIR" # ComfyUI appends /temp
+        --user-directory "$RAMDISK_DIR/user" --database-url sqlite:///:memory:
+    )
+    [[ $API_NODES == 1 ]] || args+=(--disable-api-nodes) # a second of boot (0.18.1)
+    read -ra extra_args <<<"$COMFYUI_ARGS"
+    touch -- "$log_file"
+    log_start=$(($(stat -c %s -- "$log_file") + 1))
+    generation=$((generation + 1))
+    (
+        cd -- "$COMFYUI_DIR"
+        unset "${!RUNPOD_@}" "${!BUCKET_@}" "${!AWS_@}" HF_TOKEN HUGGING_FACE_HUB_TOKEN PUBLIC_KEY
+        export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 # a checkout is never changed; the log is never late
+        exec "$COMFYUI_PYTHON" main.py "${args[@]}" ${extra_args[@]+"${extra_args[@]}"}
+    ) >>"$log_file" 2>&1 &
+    comfyui_pid=$!
+    # The handler compares generations; it must never read half a line.
+    printf '%s %s\n' "$comfyui_pid" "$generation" >"$RAMDISK_DIR/run/comfyui.part"
+    mv -- "$RAMDISK_DIR/run/comfyui.part" "$RAMDISK_DIR/run/comfyui"
+    follow_comfyui_log "$log_file" "$log_start" &
+}
+
+# usage: follow_comfyui_log FILE FIRST_BYTE   ComfyUI's log to stderr until it listens; with COMFYUI_LOG=stdout all of it
+follow_comfyui_log() {
+    local started=$SECONDS tail_pid
+    tail -c "+$2" -f --pid="$comfyui_pid" -- "$1" >&2 2>/dev/null &
+    tail_pid=$!
+    trap 'kill "$tail_pid" 2>/dev/null; exit' TERM
+    until is_listening; do
+        kill -0 "$comfyui_pid" 2>/dev/null || return 0 # tail ends with it
+        sleep 0.1
+    done
+    touch -- "$RAMDISK_DIR/run/listened"
+    log INFO "ComfyUI listens on 127.0.0.1:$COMFYUI_PORT after $((SECONDS - started)) s."
+    # Later lines can hold what callers sent: ComfyUI prints the values of refused workflows.
+    [[ $COMFYUI_LOG == stdout ]] || kill "$tail_pid" 2>/dev/null || true
+    wait "$tail_pid" || true
+}
+
+# usage: start_handler   only as a serverless worker
+start_handler() {
+    [[ $MODE == serverless ]] || return 0
+    (cd -- "$WORKER_DIR" && exec "$WORKER_PYTHON" rp_handler.py) &
+    handler_pid=$!
+}
+
+# usage: on_comfyui_death EXIT_CODE   starts it again, within bounds; a finished job resets the count
+on_comfyui_death() {
+    local hint=''
+    [[ $1 != 137 ]] || hint=' (SIGKILL: out of memory, or killed by the handler)'
+    log ERROR "ComfyUI ended with code $1$hint; the end of its log:"
+    tail -n 20 -- "$RAMDISK_DIR/run/comfyui.log" >&2
+    [[ -e $RAMDISK_DIR/run/listened ]] || die 1 "ComfyUI died while booting; see its log above."
+    if [[ $(cat -- "$RAMDISK_DIR/run/last-success" 2>/dev/null) == "$generation" ]]; then deaths=0; fi
+    deaths=$((deaths + 1))
+    ((deaths < COMFYUI_MAX_DEATHS)) || die 1 "ComfyUI died $deaths times without finishing a job; giving up."
+    log INFO "Starting ComfyUI again."
+    start_comfyui
+}
+
+# usage: supervise   returns never: the handler's end is the container's end
+supervise() {
+    local ended code
+    while true; do
+        ended='' code=0
+        wait -n -p ended || code=$?
+        case ${ended:-none} in
+        "$comfyui_pid") on_comfyui_death "$code" ;;
+        "$handler_pid")
+            handler_pid=''
+            ((code == 0)) || log ERROR "The handler ended with code $code."
+            exit "$code"
+            ;;
+        "$models_pid") on_models_end "$code" ;;
+        "$sshd_pid") log WARNING "sshd ended with code $code; no SSH any more." ;;
+        esac
+    done
+}
+
+# usage: stop   SIGTERM: a running job is finished and posted by the handler first; then all ends
+stop() {
+    trap '' TERM INT
+    log INFO "Stopping."
+    if [[ -n $handler_pid ]]; then
+        kill -TERM "$handler_pid" 2>/dev/null || true
+        wait "$handler_pid" || true
+        handler_pid=''
+    fi
+    exit 0
+}
+
+# usage: clean_up   whatever the way out: no process stays behind and nothing stays on the RAM disk
+clean_up() {
+    local code=$? deadline=$((SECONDS + 5))
+    trap '' TERM INT EXIT
+    kill_jobs TERM
+    while [[ -n $(jobs -rp) ]] && ((SECONDS < deadline)); do sleep 0.02; done
+    kill_jobs KILL
+    if wipe_ramdisk; then rm -rf -- "$RAMDISK_DIR"; fi
+    exit "$code"
+}
+
+# usage: kill_jobs SIGNAL   to everything that this script has started and that still runs
+kill_jobs() {
+    local pid
+    for pid in $(jobs -rp); do kill "-$1" "$pid" 2>/dev/null || true; done
+}
+
+_main() {
+    setup_environment
+    claim_ramdisk
+    trap clean_up EXIT
+    trap stop TERM INT
+    prepare_ramdisk
+    start_sshd
+    start_models
+    start_comfyui
+    start_handler
+    supervise
+}
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+    _main "$@"
+fi

@@ -1,0 +1,480 @@
+"""The platform stand-in, driven by the SDK's own worker loop and by plain HTTP; servers and workers are processes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from hypothesis import given
+from hypothesis import strategies as st
+
+from local.serverless_api import Platform, parse_object, worker_environment
+
+REPOSITORY = Path(__file__).parents[2]
+SDK_WORKER = Path(__file__).with_name("sdk_worker.py")
+KEY = "test-key"
+TIMEOUT_S = 20.0
+HOLD_S = 0.3
+PODS = {"pod1", "pod2"}
+
+
+def wait_until(look: Callable[[], Any], what: str) -> Any:
+    """Return what `look` finds as soon as that is true; fails after TIMEOUT_S."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"waited {TIMEOUT_S} s for: {what}"
+        time.sleep(0.02)
+    return found
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One running stand-in, seen by a client."""
+
+    base_url: str
+
+    def call(self, method: str, path: str, *, key: str = f"Bearer {KEY}", **kwargs: Any) -> requests.Response:
+        headers = {"Authorization": key} if key else {}
+        return requests.request(
+            method, f"{self.base_url}/v2/local/{path}", headers=headers, timeout=TIMEOUT_S, **kwargs
+        )
+
+    def run(self, **job_input: Any) -> str:
+        response = self.call("POST", "run", json={"input": job_input})
+        assert (response.status_code, response.json()["status"]) == (200, "IN_QUEUE"), response.text
+        return str(response.json()["id"])
+
+    def status(self, job_id: str) -> dict[str, Any]:
+        response = self.call("GET", f"status/{job_id}")
+        assert response.status_code == 200, response.text
+        return dict(response.json())
+
+    def until(self, job_id: str, status: str) -> dict[str, Any]:
+        return dict(
+            wait_until(lambda: (body := self.status(job_id))["status"] == status and body, f"{job_id} {status}")
+        )
+
+    def health(self) -> dict[str, dict[str, int]]:
+        return dict(self.call("GET", "health").json())
+
+    def take(self, pod_id: str) -> requests.Response:
+        return self.call("GET", f"job-take/{pod_id}", key=KEY)
+
+    def done(self, pod_id: str, job_id: str, body: str) -> requests.Response:
+        return self.call("POST", f"job-done/{pod_id}/{job_id}", key=KEY, data=body)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Two SDK workers at one endpoint, and the folder through which a test talks with their handlers."""
+
+    endpoint: Endpoint
+    folder: Path
+
+    def release(self, *job_ids: str) -> None:
+        for job_id in job_ids:
+            (self.folder / f"release-{job_id}").touch()
+
+    def ran(self) -> list[str]:
+        return (self.folder / "ran").read_text().split()
+
+
+def start_server(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "local.serverless_api", "--api-key", KEY, *arguments]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+@contextmanager
+def serve() -> Iterator[Endpoint]:
+    """Run a stand-in; it must end at SIGTERM, with nothing on stderr."""
+    server = start_server("--port", "0", "--hold-s", str(HOLD_S))
+    assert server.stdout is not None
+    try:
+        word, url = server.stdout.readline().split()
+        assert word == "listening"
+        yield Endpoint(url)
+    finally:
+        server.terminate()
+        _, stderr = server.communicate(timeout=TIMEOUT_S)
+    assert (server.returncode, stderr) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Endpoint]:
+    """A stand-in without SDK workers, for tests that do not look at its whole state."""
+    with serve() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    """A fresh stand-in without workers."""
+    with serve() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """A stand-in with two idle SDK workers."""
+    folder = tmp_path_factory.mktemp("sdk_workers")
+    with serve() as endpoint, ExitStack() as stack:
+        processes = [start_worker(endpoint.base_url, pod_id, folder) for pod_id in sorted(PODS)]
+        for process in processes:
+            stack.callback(process.wait, TIMEOUT_S)
+        for process in processes:
+            stack.callback(process.terminate)
+        wait_until(lambda: endpoint.health()["workers"]["idle"] == len(PODS), "both workers ask for jobs")
+        yield Workers(endpoint, folder)
+
+
+def start_worker(base_url: str, pod_id: str, folder: Path) -> subprocess.Popen[bytes]:
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "SDK_WORKER_DIR": str(folder),
+        "RUNPOD_LOG_LEVEL": "INFO",
+        **worker_environment(base_url, "local", KEY, pod_id),
+    }
+    with (folder / f"{pod_id}.log").open("wb") as log:
+        return subprocess.Popen([sys.executable, str(SDK_WORKER)], env=environment, stdout=log, stderr=log)
+
+
+# --- With the SDK's own loop ---------------------------------------------------------------------------------------
+
+
+def test_a_result_completes_the_job(workers: Workers) -> None:
+    job_id = workers.endpoint.run(do="echo", text="ü 🐟")
+    assert job_id.endswith("-u1") and not job_id.startswith("sync-")
+    body = workers.endpoint.until(job_id, "COMPLETED")
+    assert body.keys() == {"delayTime", "executionTime", "id", "output", "status", "workerId"}
+    assert body["id"] == job_id
+    assert body["output"] == {"echo": {"do": "echo", "text": "ü 🐟"}}
+    assert body["workerId"] in PODS
+    assert isinstance(body["delayTime"], int) and isinstance(body["executionTime"], int)
+
+
+def test_an_error_fails_the_job_and_the_rest_stays_in_output(workers: Workers) -> None:
+    body = workers.endpoint.until(workers.endpoint.run(do="error"), "FAILED")
+    assert body.keys() == {"delayTime", "error", "executionTime", "id", "output", "status", "workerId"}
+    assert body["error"] == "[SOME_CODE] a sentence"
+    assert body["output"] == {"error_code": "SOME_CODE", "details": {"node": "9"}}
+
+
+def test_an_exception_fails_the_job_with_a_json_string(workers: Workers) -> None:
+    body = workers.endpoint.until(workers.endpoint.run(do="raise"), "FAILED")
+    assert "output" not in body
+    error = json.loads(body["error"])
+    assert (error["error_type"], error["error_message"]) == ("<class 'ValueError'>", "the handler broke")
+    assert error["worker_id"] == body["workerId"]
+
+
+def test_an_empty_result_completes_without_output(workers: Workers) -> None:
+    body = workers.endpoint.until(workers.endpoint.run(do="nothing"), "COMPLETED")
+    assert "output" not in body and "error" not in body
+
+
+def test_progress_is_the_output_of_a_running_job(workers: Workers) -> None:
+    job_id = workers.endpoint.run(do="wait", progress={"step": 3, "of": 10})
+    body = wait_until(lambda: (seen := workers.endpoint.status(job_id)).get("output") and seen, "progress")
+    assert body.keys() == {"delayTime", "executionTime", "id", "output", "status"}
+    assert (body["status"], body["output"]) == ("IN_PROGRESS", {"step": 3, "of": 10})
+    workers.release(job_id)
+    assert workers.endpoint.until(job_id, "COMPLETED")["output"] == {"released": True}
+
+
+def test_runsync_returns_the_result(workers: Workers) -> None:
+    response = workers.endpoint.call("POST", "runsync", json={"input": {"do": "echo"}})
+    body = response.json()
+    assert (response.status_code, body["status"], body["output"]) == (200, "COMPLETED", {"echo": {"do": "echo"}})
+    assert body["id"].startswith("sync-")
+    assert workers.endpoint.status(body["id"]) == body
+
+
+def test_runsync_returns_the_running_job_when_its_wait_is_over(workers: Workers) -> None:
+    response = workers.endpoint.call("POST", "runsync?wait=1000", json={"input": {"do": "wait"}})
+    body = response.json()
+    assert (response.status_code, body["status"]) == (200, "IN_PROGRESS")
+    workers.release(body["id"])
+    assert workers.endpoint.until(body["id"], "COMPLETED")["output"] == {"released": True}
+
+
+def test_a_result_over_the_limit_is_lost(workers: Workers) -> None:
+    body = workers.endpoint.until(workers.endpoint.run(do="big", size_bytes=10_000_000), "COMPLETED")
+    assert "output" not in body
+    response = workers.endpoint.call("POST", "runsync", json={"input": {"do": "big", "size_bytes": 10_000_000}})
+    assert len(response.json()["output"]["data"]) == 10_000_000, "a /runsync result may have 20 MB"
+
+
+def test_cancel_reaches_a_running_handler(workers: Workers) -> None:
+    job_id = workers.endpoint.run(do="wait")
+    workers.endpoint.until(job_id, "IN_PROGRESS")
+    wait_until(lambda: job_id in workers.ran(), "the handler has begun")
+    response = workers.endpoint.call("POST", f"cancel/{job_id}")
+    assert (response.status_code, response.json()) == (200, {"id": job_id, "status": "CANCELLED"})
+    assert workers.endpoint.status(job_id) == {"id": job_id, "status": "CANCELLED"}
+    wait_until((workers.folder / f"cancelled-{job_id}").exists, "the handler saw the cancellation")
+
+
+def test_two_workers_share_the_queue_and_health_counts_it(workers: Workers) -> None:
+    endpoint = workers.endpoint
+    idle = {"idle": 2, "initializing": 0, "ready": 2, "running": 0, "throttled": 0, "unhealthy": 0}
+    wait_until(lambda: endpoint.health()["workers"] == idle, "both workers idle")
+    before = endpoint.health()["jobs"]
+    held = [endpoint.run(do="wait"), endpoint.run(do="wait")]
+    for job_id in held:
+        endpoint.until(job_id, "IN_PROGRESS")
+    queued, cancelled = endpoint.run(do="echo"), endpoint.run(do="echo")
+    assert endpoint.status(queued) == {"id": queued, "status": "IN_QUEUE"}
+    assert endpoint.call("POST", f"cancel/{cancelled}").json() == {"id": cancelled, "status": "CANCELLED"}
+    assert endpoint.health() == {
+        "jobs": {**before, "inProgress": 2, "inQueue": 1},
+        "workers": {**idle, "idle": 0, "ready": 0, "running": 2},
+    }
+    workers.release(*held)
+    assert {endpoint.until(job_id, "COMPLETED")["workerId"] for job_id in held} == PODS
+    endpoint.until(queued, "COMPLETED")
+    assert endpoint.health()["jobs"] == {**before, "completed": before["completed"] + 3}
+    assert endpoint.status(cancelled)["status"] == "CANCELLED"
+    ran = workers.ran()
+    assert len(ran) == len(set(ran)), "a job was given twice"
+    assert cancelled not in ran
+
+
+# --- With a worker of plain HTTP -----------------------------------------------------------------------------------
+
+
+def test_an_empty_poll_is_held(shared: Endpoint) -> None:
+    for path in ("job-take/pod1", "job-stop/pod1"):
+        begun = time.monotonic()
+        assert shared.call("GET", path, key=KEY).status_code == 204
+        assert time.monotonic() - begun >= HOLD_S
+
+
+def test_jobs_are_given_in_order_and_once(endpoint: Endpoint) -> None:
+    jobs = [endpoint.run(number=number) for number in range(3)]
+    taken = [endpoint.take(f"pod{number}").json() for number in range(3)]
+    assert taken == [{"id": job_id, "input": {"number": number}} for number, job_id in enumerate(jobs)]
+    assert endpoint.take("pod9").status_code == 204
+
+
+def test_held_polls_get_one_job_each(endpoint: Endpoint) -> None:
+    pods = [f"pod{number}" for number in range(4)]
+
+    def take_one(pod_id: str) -> str:
+        return str(wait_until(lambda: (got := endpoint.take(pod_id)).status_code == 200 and got, "a job").json()["id"])
+
+    with ThreadPoolExecutor(len(pods)) as pool:
+        polls = [pool.submit(take_one, pod_id) for pod_id in pods]
+        wait_until(lambda: endpoint.health()["workers"]["idle"] == len(pods), "all polls are held")
+        jobs = [endpoint.run(number=number) for number in range(len(pods))]
+        assert sorted(poll.result(TIMEOUT_S) for poll in polls) == sorted(jobs)
+
+
+def test_a_worker_that_hangs_up_takes_no_job(endpoint: Endpoint) -> None:
+    with pytest.raises(requests.ReadTimeout):
+        requests.get(f"{endpoint.base_url}/v2/local/job-take/pod1", headers={"Authorization": KEY}, timeout=HOLD_S / 10)
+    job_id = endpoint.run(number=1)
+    assert endpoint.take("pod2").json()["id"] == job_id
+
+
+def test_late_posts_do_not_change_a_finished_job(endpoint: Endpoint) -> None:
+    job_id = endpoint.run(number=1)
+    endpoint.take("pod1")
+    assert endpoint.done("pod1", job_id, '{"output": {"answer": 42}}').status_code == 200
+    body = endpoint.status(job_id)
+    assert (body["status"], body["output"]) == ("COMPLETED", {"answer": 42})
+    for late in ('{"status": "IN_PROGRESS", "output": 1}', '{"error": "late"}', '{"output": "late"}'):
+        assert endpoint.done("pod1", job_id, late).status_code == 200
+    assert endpoint.call("POST", f"cancel/{job_id}").json() == {"id": job_id, "status": "COMPLETED"}
+    assert endpoint.status(job_id) == body
+
+
+def test_the_result_of_a_cancelled_job_is_ignored(endpoint: Endpoint) -> None:
+    job_id = endpoint.run(number=1)
+    endpoint.take("pod1")
+    endpoint.call("POST", f"cancel/{job_id}")
+    assert endpoint.done("pod1", job_id, '{"output": 1}').status_code == 200
+    assert endpoint.status(job_id) == {"id": job_id, "status": "CANCELLED"}
+
+
+def test_only_the_worker_that_runs_a_job_is_told_to_stop_it(endpoint: Endpoint) -> None:
+    jobs = [endpoint.run(number=1), endpoint.run(number=2)]
+    for pod_id in ("pod1", "pod2"):
+        endpoint.take(pod_id)
+    endpoint.call("POST", f"cancel/{jobs[1]}")
+    assert endpoint.call("GET", "job-stop/pod1", key=KEY).status_code == 204
+    assert endpoint.call("GET", "job-stop/pod2", key=KEY).json() == {"jobsToStop": [jobs[1]]}
+    assert endpoint.call("GET", "job-stop/pod2", key=KEY).status_code == 204
+
+
+def test_only_the_worker_that_runs_a_job_can_end_it(endpoint: Endpoint) -> None:
+    job_id = endpoint.run(number=1)
+    endpoint.take("pod1")
+    endpoint.done("pod2", job_id, '{"output": "of another worker"}')
+    endpoint.done("pod2", job_id, '{"status": "IN_PROGRESS", "output": "of another worker"}')
+    assert "output" not in endpoint.status(job_id)
+    endpoint.done("pod1", job_id, '{"output": "its own"}')
+    assert endpoint.status(job_id)["output"] == "its own"
+
+
+@pytest.mark.parametrize("body", ['{"output": NaN}', "output=1", "", "[]"])
+def test_a_result_that_is_no_json_object_is_refused(endpoint: Endpoint, body: str) -> None:
+    job_id = endpoint.run(number=1)
+    endpoint.take("pod1")
+    assert endpoint.done("pod1", job_id, body).status_code == 400
+    seen = endpoint.status(job_id)
+    assert seen["status"] == "COMPLETED" and "output" not in seen
+
+
+def test_stream_chunks_are_accepted_and_leave_the_job_running(endpoint: Endpoint) -> None:
+    job_id = endpoint.run(number=1)
+    endpoint.take("pod1")
+    assert endpoint.call("POST", f"job-stream/pod1/{job_id}", key=KEY, data='{"output": 1}').status_code == 200
+    seen = endpoint.status(job_id)
+    assert seen["status"] == "IN_PROGRESS" and "output" not in seen
+
+
+def test_health_tells_the_states_of_workers_apart(endpoint: Endpoint) -> None:
+    endpoint.call("GET", "ping/fresh", key=KEY)
+    endpoint.call("GET", "ping/sick?status=unhealthy", key=KEY)
+    endpoint.take("waiting")
+    endpoint.run(number=1)
+    endpoint.take("busy")
+    assert endpoint.health()["workers"] == {
+        "idle": 1,
+        "initializing": 1,
+        "ready": 1,
+        "running": 1,
+        "throttled": 0,
+        "unhealthy": 1,
+    }
+
+
+# --- Clients: keys, limits, refusals -------------------------------------------------------------------------------
+
+CLIENT_CALLS = ["POST run", "POST runsync", "GET status/x", "POST cancel/x", "GET health"]
+WORKER_CALLS = ["GET job-take/p", "GET job-stop/p", "POST job-done/p/x", "POST job-stream/p/x", "GET ping/p"]
+
+
+@pytest.mark.parametrize("call", CLIENT_CALLS + WORKER_CALLS)
+def test_every_call_needs_the_key_in_its_form(shared: Endpoint, call: str) -> None:
+    wrong_form = KEY if call in CLIENT_CALLS else f"Bearer {KEY}"
+    for key in ("", "wrong", "Bearer wrong", wrong_form):
+        response = shared.call(*call.split(), key=key)
+        assert (response.status_code, response.json().keys()) == (401, {"error"}), key
+
+
+def test_unknown_jobs_endpoints_and_paths_are_404(shared: Endpoint) -> None:
+    known = shared.run(number=1)
+    for method, path in (("GET", "status/none"), ("POST", "cancel/none"), ("GET", "stream"), ("GET", "run")):
+        response = shared.call(method, path)
+        assert (response.status_code, response.json().keys()) == (404, {"error"}), path
+    assert shared.done("pod1", "none", "{}").status_code == 404
+    assert shared.call("GET", f"../other/status/{known}").status_code == 404
+
+
+@pytest.mark.parametrize(("path", "limit"), [("run", 10), ("runsync?wait=1000", 20)])
+def test_requests_over_the_limit_are_refused(shared: Endpoint, path: str, limit: int) -> None:
+    empty = json.dumps({"input": {"x": ""}})
+    fitting = json.dumps({"input": {"x": "y" * (limit * 1_000_000 - len(empty))}})
+    response = shared.call("POST", path, data=fitting + " ")
+    assert response.status_code == 400
+    assert response.json() == {"error": f"exceeded max body size of {limit}MiB"}
+    accepted = shared.call("POST", path, data=fitting)
+    assert (accepted.status_code, accepted.json()["status"]) == (200, "IN_QUEUE")
+
+
+@pytest.mark.parametrize("body", ["", "{", "[]", '"x"', "{}", '{"input": 1}', '{"input": {"x": NaN}}', "[" * 100_000])
+def test_requests_without_an_input_object_are_refused(shared: Endpoint, body: str) -> None:
+    response = shared.call("POST", "run", data=body)
+    assert (response.status_code, response.json().keys()) == (400, {"error"})
+
+
+@pytest.mark.parametrize("wait", ["999", "300001", "x", ""])
+def test_runsync_refuses_a_wait_out_of_range(shared: Endpoint, wait: str) -> None:
+    assert shared.call("POST", f"runsync?wait={wait}", json={"input": {"x": 1}}).status_code == 400
+
+
+def test_an_empty_input_is_dropped_by_the_platform(endpoint: Endpoint) -> None:
+    job_id = endpoint.run()
+    body = endpoint.status(job_id)
+    assert body.pop("delayTime") == 0 and body.pop("executionTime") == 0
+    assert body == {"id": job_id, "status": "FAILED", "error": "job timed out after 1 retries", "retries": 1}
+    assert endpoint.take("pod1").status_code == 204
+
+
+# --- The program ---------------------------------------------------------------------------------------------------
+
+
+def test_it_listens_on_one_loopback_address_only(shared: Endpoint) -> None:
+    assert shared.call("GET", "health").status_code == 200
+    with pytest.raises(requests.ConnectionError):
+        Endpoint(shared.base_url.replace("127.0.0.1", "127.0.0.2")).call("GET", "health")
+
+
+def test_a_taken_port_is_one_sentence(shared: Endpoint) -> None:
+    port = shared.base_url.rpartition(":")[2]
+    server = start_server("--port", port)
+    stdout, stderr = server.communicate(timeout=TIMEOUT_S)
+    assert (server.returncode, stdout) == (1, "")
+    assert stderr.startswith(f"The RunPod stand-in cannot listen on port {port}: ") and stderr.count("\n") == 1
+
+
+# --- The state alone, with a clock of its own ----------------------------------------------------------------------
+
+
+def test_times_are_milliseconds_in_the_queue_and_in_the_worker() -> None:
+    now = 100.0
+    platform = Platform(clock=lambda: now)
+    job = platform.submit({"x": 1}, sync=False)
+    now += 1.5
+    assert platform.take("pod1") is job
+    now += 0.25
+    assert (platform.describe(job)["delayTime"], platform.describe(job)["executionTime"]) == (1500, 250)
+    now += 2
+    platform.finish(job, "pod1", {"output": 1})
+    now += 60
+    assert (platform.describe(job)["delayTime"], platform.describe(job)["executionTime"]) == (1500, 2250)
+
+
+def test_a_silent_worker_is_no_longer_counted() -> None:
+    now = 0.0
+    platform = Platform(clock=lambda: now)
+    platform.saw("pod1", polled=True)
+    now = 9.0
+    platform.saw("pod2", polled=True)
+    assert platform.health()["workers"]["idle"] == 2
+    now = 11.0
+    assert platform.health()["workers"]["idle"] == 1
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda children: st.lists(children) | st.dictionaries(st.text(), children),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.text(), JSON))
+def test_a_json_object_is_read_as_it_is(value: dict[str, Any]) -> None:
+    assert parse_object(json.dumps(value).encode()) == value
+
+
+@given(st.binary() | st.sampled_from([b'{"a": 1e999}', b'{"a": -Infinity}', b'{"a": 1' + b"0" * 5000 + b"}"]))
+def test_other_bytes_are_refused_with_value_error_or_can_be_sent_on(raw: bytes) -> None:
+    try:
+        value = parse_object(raw)
+    except ValueError:
+        return
+    assert parse_object(json.dumps(value, allow_nan=False).encode()) == value

@@ -1,0 +1,60 @@
+"""The environment, read and checked once. `start.sh` exports what it decided; the rest have the defaults below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class ConfigError(Exception):
+    """A variable that cannot be used; the message names it and what it may be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of one worker. Times in seconds, sizes in bytes."""
+
+    ramdisk_dir: Path
+    comfyui_port: int
+    boot_timeout_s: float
+    job_timeout_s: float
+    interrupt_grace_s: float
+    result_limit_bytes: int | None
+    log_level: str
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Config:
+        """Read ``environ`` (``os.environ``, or a plain dict in tests). Raises ConfigError."""
+        limit_mb = _number(environ, "RESULT_LIMIT_MB", None, least=0.01, most=1000)
+        level = environ.get("LOG_LEVEL", "INFO").upper()
+        if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise ConfigError(f"LOG_LEVEL is {level!r}; use DEBUG, INFO, WARNING or ERROR.")
+        return cls(
+            ramdisk_dir=Path(environ.get("RAMDISK_DIR", "/dev/shm/comfyui")),
+            comfyui_port=int(_required(environ, "COMFYUI_PORT", 8188, least=1, most=65535)),
+            boot_timeout_s=_required(environ, "BOOT_TIMEOUT_S", 1800, least=1, most=86_400),
+            job_timeout_s=_required(environ, "JOB_TIMEOUT_S", 3600, least=1, most=604_800),
+            interrupt_grace_s=_required(environ, "INTERRUPT_GRACE_S", 10, least=0.1, most=600),
+            result_limit_bytes=None if limit_mb is None else int(limit_mb * 1_000_000),
+            log_level=level,
+        )
+
+
+def _required(environ: Mapping[str, str], name: str, default: float, *, least: float, most: float) -> float:
+    value = _number(environ, name, default, least=least, most=most)
+    assert value is not None  # the default is a number
+    return value
+
+
+def _number(environ: Mapping[str, str], name: str, default: float | None, *, least: float, most: float) -> float | None:
+    text = environ.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        raise ConfigError(f"{name} is {text!r}; it must be a number.") from None
+    if not least <= value <= most:  # also false for NaN
+        raise ConfigError(f"{name} is {text}; it must be between {least:g} and {most:g}.")
+    return value

@@ -1,0 +1,385 @@
+"""One prompt from POST /prompt to its record in the history, whatever the websocket does meanwhile.
+
+The history is the truth; the websocket tells when to look at it, how far the run is, and carries the pictures that
+are sent nowhere else. A quiet or broken socket is bridged by /queue and /history, so a lost last message never hangs
+a job. ComfyUI's message order is the same in 0.18.1, 0.3.75 and 0.3.64: ``executing{node: null}`` is always last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import secrets
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import websocket
+
+from worker.comfyui import ComfyUI
+from worker.errors import (
+    ComfyUICrashed,
+    ComfyUIUnavailable,
+    ExecutionFailed,
+    GpuBroken,
+    HistoryMissing,
+    JobCancelled,
+    JobTimeout,
+    OutOfGpuMemory,
+)
+from worker.payload import Workflow
+
+log = logging.getLogger(__name__)
+
+NONCE_INPUT = "__job_nonce"
+TICK_S = 0.1  # how soon a cancellation, a deadline or a dead process is seen
+QUIET_S = 2.0  # without a message for so long, /queue and /history are asked
+RECONNECT_S = 0.5
+CONNECT_TIMEOUT_S = 5.0
+HISTORY_WAITS_S = (0.010, 0.050, 0.250, 1.250, 6.250)
+MAX_TRACEBACK_LINES = 8
+_PREVIEW_EVENT = 1  # binary frame: u32 event, u32 format, image (ComfyUI's protocol.py)
+
+Progress = dict[str, Any]
+
+
+class JobControl:
+    """What ends a job from outside: its deadline and its cancellation. ``cancel`` may be called from any thread."""
+
+    def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.timeout_s = timeout_s
+        self._clock = clock
+        self._deadline = clock() + timeout_s
+        self._cancelled = threading.Event()
+
+    def shorten(self, timeout_s: float) -> None:
+        """A job's own, shorter timeout, counted from the start of the job."""
+        if timeout_s < self.timeout_s:
+            self._deadline -= self.timeout_s - timeout_s
+            self.timeout_s = timeout_s
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def check(self) -> None:
+        """Raise JobCancelled or JobTimeout if the job has to end."""
+        if self._cancelled.is_set():
+            raise JobCancelled("The job was cancelled.")
+        if self._clock() >= self._deadline:
+            raise JobTimeout(f"The job did not finish within {self.timeout_s:g} s.", timeout_s=self.timeout_s)
+
+    def remaining_s(self) -> float:
+        return max(0.0, self._deadline - self._clock())
+
+
+@dataclass
+class RunOutcome:
+    """What a finished prompt left: ComfyUI's ``outputs`` by node id, and the pictures that came by websocket only."""
+
+    prompt_id: str
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    socket_images: list[tuple[str, bytes]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def run_workflow(
+    comfyui: ComfyUI,
+    workflow: Workflow,
+    *,
+    control: JobControl,
+    on_progress: Callable[[Progress], None],
+    interrupt_grace_s: float,
+    api_key: str | None = None,
+) -> RunOutcome:
+    """Queue ``workflow``, follow it to its end and read its history.
+
+    Raises PromptRejected, ExecutionFailed, OutOfGpuMemory, JobTimeout, JobCancelled, HistoryMissing, and what ComfyUI's
+    methods raise. On a deadline or a cancellation the prompt is out of ComfyUI, or ComfyUI is killed, before it raises.
+    """
+    run = _Run(comfyui, workflow, control, on_progress, interrupt_grace_s)
+    try:
+        return run.complete(with_nonce(comfyui, workflow), api_key)
+    except ExecutionFailed as error:
+        # A node with a strict signature behind "takes any input" passes the nonce on and raises TypeError.
+        if NONCE_INPUT not in error.message:
+            raise
+    log.warning("a node does not take the extra input; dropping ComfyUI's cache instead")
+    comfyui.free_cache()
+    run = _Run(comfyui, workflow, control, on_progress, interrupt_grace_s)
+    return run.complete(workflow, api_key)
+
+
+def with_nonce(comfyui: ComfyUI, workflow: Workflow) -> Workflow:
+    """A copy in which every output node that nothing links from has one input that no other job has.
+
+    Without it ComfyUI answers a repeated workflow from its cache: "success", naming a file that the wipe removed. It
+    must be a string (a list would be a link), and one value a job, so that equal output nodes stay one execution.
+    """
+    nonce = secrets.token_hex(4)
+    linked = {
+        value[0]
+        for node in workflow.values()
+        for value in node["inputs"].values()
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+    }
+    return {
+        node_id: {**node, "inputs": {**node["inputs"], NONCE_INPUT: nonce}}
+        if node_id not in linked and comfyui.is_output_class(node["class_type"])
+        else node
+        for node_id, node in workflow.items()
+    }
+
+
+class _Run:
+    """One prompt in ComfyUI. ``complete`` is called once."""
+
+    def __init__(
+        self,
+        comfyui: ComfyUI,
+        workflow: Workflow,
+        control: JobControl,
+        on_progress: Callable[[Progress], None],
+        interrupt_grace_s: float,
+    ) -> None:
+        self._comfyui = comfyui
+        self._workflow = workflow
+        self._control = control
+        self._on_progress = on_progress
+        self._interrupt_grace_s = interrupt_grace_s
+        self._outcome = RunOutcome(prompt_id=str(uuid.uuid4()))
+        self._node_id: str | None = None
+        self._finished_nodes: set[str] = set()
+        self._terminal_seen = False
+
+    def complete(self, workflow: Workflow, api_key: str | None) -> RunOutcome:
+        prompt_id = self._outcome.prompt_id
+        socket = _Socket(self._comfyui.port, client_id=uuid.uuid4().hex, clock=self._comfyui.clock)
+        try:
+            # Socket first: messages can arrive before the POST is answered, and what is sent to nobody is lost.
+            socket.open()
+            self._control.check()
+            self._outcome.warnings = self._comfyui.submit(workflow, prompt_id, socket.client_id, api_key)
+            self._follow(socket)
+            record = self._read_history()
+        except (JobTimeout, JobCancelled):
+            self._stop()
+            raise
+        finally:
+            socket.close()
+            # ComfyUI keeps the whole workflow in its history; a later look at it must find nothing.
+            with contextlib.suppress(ComfyUIUnavailable, ComfyUICrashed):
+                self._comfyui.forget(prompt_id)
+        _raise_if_failed(record.get("status") or {})
+        self._outcome.outputs = record.get("outputs") or {}
+        return self._outcome
+
+    def _follow(self, socket: _Socket) -> None:
+        """Return when the prompt has ended, in whatever way."""
+        quiet_since = self._comfyui.clock()
+        while True:
+            self._control.check()
+            message = socket.receive(TICK_S)
+            now = self._comfyui.clock()
+            if message is not None:
+                quiet_since = now
+                if self._is_last(message):
+                    return
+                continue
+            self._comfyui.raise_if_dead()
+            if not socket.is_open or self._terminal_seen or now - quiet_since >= QUIET_S:
+                if self._has_ended():
+                    return
+                quiet_since = now
+                socket.reopen_if_due()
+
+    def _has_ended(self) -> bool:
+        """Ask ComfyUI itself. The queue first: a prompt enters the history in the same step in which it leaves it."""
+        try:
+            if self._comfyui.has_queued(self._outcome.prompt_id):
+                return False
+            if self._comfyui.history(self._outcome.prompt_id) is not None:
+                return True
+        except ComfyUIUnavailable:
+            return False  # slow, not dead: the next look, the deadline or the process will tell
+        if self._terminal_seen:
+            return True
+        raise ComfyUICrashed("ComfyUI no longer knows the prompt: it was restarted, or somebody deleted it.")
+
+    def _stop(self) -> None:
+        """Make ComfyUI let go of the prompt, so that it computes for nobody."""
+        try:
+            stopped = self._comfyui.stop([self._outcome.prompt_id], self._interrupt_grace_s)
+        except ComfyUIUnavailable:
+            stopped = False
+        except ComfyUICrashed:
+            return
+        if not stopped:
+            log.warning("ComfyUI did not stop within %g s; killing it", self._interrupt_grace_s)
+            self._comfyui.kill()
+
+    def _read_history(self) -> dict[str, Any]:
+        """The history race: just after ``execution_success`` the record is not there in a third of all looks, for up
+        to 12 ms (0.18.1: sent in execution.py, stored in main.py); after ``executing{node: null}`` it always was."""
+        for wait_s in (*HISTORY_WAITS_S, None):
+            record = self._comfyui.history(self._outcome.prompt_id)
+            if record is not None:
+                return record
+            if wait_s is None:
+                break
+            self._control.check()
+            self._comfyui.sleep(wait_s)
+        raise HistoryMissing(
+            f"ComfyUI ran the workflow but has no history of it after {sum(HISTORY_WAITS_S):.1f} s; send the job again."
+        )
+
+    # --- messages ---
+
+    def _is_last(self, message: bytes | dict[str, Any]) -> bool:
+        if isinstance(message, bytes):
+            self._take_binary(message)
+            return False
+        data = message.get("data")
+        if not isinstance(data, dict) or data.get("prompt_id") != self._outcome.prompt_id:
+            return False
+        kind = message.get("type")
+        if kind == "executing":
+            if data.get("node") is None:
+                return True
+            self._enter(str(data["node"]))
+        elif kind == "execution_cached":
+            self._finished_nodes.update(map(str, data.get("nodes") or ()))
+        elif kind == "progress":
+            self._report(data.get("value"), data.get("max"))
+        elif kind in ("execution_success", "execution_error", "execution_interrupted"):
+            self._terminal_seen = True
+        return False
+
+    def _enter(self, node_id: str) -> None:
+        if self._node_id is not None:
+            self._finished_nodes.add(self._node_id)
+        self._node_id = node_id
+        self._report(None, None)
+
+    def _report(self, value: Any, maximum: Any) -> None:
+        progress: Progress = {"stage": "running", "node": self._node_id, "node_class": self._class_type()}
+        within = 0.0
+        if isinstance(value, int | float) and isinstance(maximum, int | float) and maximum > 0:
+            progress |= {"value": value, "max": maximum}
+            within = min(1.0, value / maximum)
+        finished = len(self._finished_nodes & self._workflow.keys())
+        progress["percent"] = min(99, int(100 * (finished + within) / len(self._workflow)))
+        self._on_progress(progress)
+
+    def _class_type(self) -> str | None:
+        node = self._workflow.get(self._node_id or "")
+        return node["class_type"] if node else None
+
+    def _take_binary(self, message: bytes) -> None:
+        """SaveImageWebsocket writes no file: its pictures are full-size "previews" sent while it is executing."""
+        is_picture = int.from_bytes(message[:4], "big") == _PREVIEW_EVENT and len(message) > 8
+        if is_picture and self._node_id is not None and self._class_type() == "SaveImageWebsocket":
+            self._outcome.socket_images.append((self._node_id, message[8:]))
+
+
+class _Socket:
+    """ComfyUI's websocket, which may be down at any time; nobody's job fails for it."""
+
+    def __init__(self, port: int, client_id: str, clock: Callable[[], float]) -> None:
+        self.client_id = client_id
+        self._url = f"ws://127.0.0.1:{port}/ws?clientId={client_id}"
+        self._clock = clock
+        self._socket: websocket.WebSocket | None = None
+        self._tried_at = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        return self._socket is not None
+
+    def open(self) -> None:
+        self._tried_at = self._clock()
+        with _socket_trouble():
+            # Checking UTF-8 in Python costs seconds on a 17 MiB progress_state flood; json.loads checks what is parsed.
+            self._socket = websocket.create_connection(
+                self._url, timeout=CONNECT_TIMEOUT_S, skip_utf8_validation=True, enable_multithread=False
+            )
+
+    def reopen_if_due(self) -> None:
+        """Connect again after a break. The old one is closed by then: with two sockets of one clientId, the closing
+        of the first makes the second go silent (0.18.1, 0.3.x)."""
+        if not self.is_open and self._clock() - self._tried_at >= RECONNECT_S:
+            self.open()
+
+    def receive(self, timeout_s: float) -> bytes | dict[str, Any] | None:
+        """The next message that matters: JSON as a dict, binary as bytes; None after ``timeout_s`` or a break."""
+        if self._socket is None:
+            time.sleep(timeout_s)
+            return None
+        try:
+            self._socket.settimeout(timeout_s)
+            opcode, content = self._socket.recv_data()
+        except websocket.WebSocketTimeoutException:
+            return None
+        except (websocket.WebSocketException, OSError) as error:
+            log.warning("the websocket broke (%s); asking the queue and the history", type(error).__name__)
+            self.close()
+            return None
+        if opcode == websocket.ABNF.OPCODE_CLOSE:
+            self.close()
+            return None
+        return bytes(content) if opcode == websocket.ABNF.OPCODE_BINARY else _parse_message(content)
+
+    def close(self) -> None:
+        with _socket_trouble():
+            if self._socket is not None:
+                self._socket.shutdown()
+        self._socket = None
+
+
+def _parse_message(content: bytes) -> dict[str, Any]:
+    # progress_state repeats every node's state in every message; nothing of it is needed.
+    if content.startswith(b'{"type": "progress_state"'):
+        return {}
+    try:
+        message = json.loads(content)
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+@contextlib.contextmanager
+def _socket_trouble() -> Iterator[None]:
+    try:
+        yield
+    except (websocket.WebSocketException, OSError) as error:
+        log.debug("websocket: %s", type(error).__name__)
+
+
+def _raise_if_failed(status: dict[str, Any]) -> None:
+    """Read the record's ``status`` before its outputs: those of branches that finished before an error are kept."""
+    if status.get("status_str") != "error":
+        return
+    messages = {kind: data for kind, data in status.get("messages", [])}
+    if "execution_error" not in messages:
+        raise JobCancelled("The workflow was interrupted in ComfyUI.")
+    error = messages["execution_error"]
+    kind = str(error.get("exception_type"))
+    message = str(error.get("exception_message")).strip()
+    where = f"Node {error.get('node_id')} ({error.get('node_type')})"
+    details = {
+        "node_id": error.get("node_id"),
+        "node_type": error.get("node_type"),
+        "exception_type": kind,
+        "exception_message": message,
+        "traceback": "".join(error.get("traceback") or []).splitlines()[-MAX_TRACEBACK_LINES:],
+    }
+    if kind.endswith("OutOfMemoryError"):
+        raise OutOfGpuMemory(
+            f"{where} ran out of GPU memory; use a smaller picture or batch, or a larger GPU.", **details
+        )
+    if "CUDA error" in message:  # sticky: every later CUDA call of the process fails too (CUDA runtime documentation)
+        raise GpuBroken(f"{where} met a GPU fault; this worker is being replaced, send the job again.", **details)
+    raise ExecutionFailed(f"{where} failed: {kind}: {message.splitlines()[0] if message else ''}", **details)

@@ -1,0 +1,132 @@
+"""From the files that ComfyUI's history names to the items of a result, within RunPod's size limit."""
+
+from __future__ import annotations
+
+import base64
+import json
+import mimetypes
+from dataclasses import dataclass
+from typing import Any
+
+from worker.errors import NoOutput, OutputMissing, ResultTooLarge
+from worker.follow import RunOutcome
+from worker.ramdisk import RamDisk
+
+# The limits count the posted JSON body; RunPod documents 10 MB, and 20 MB for jobs of /runsync, whose ids show it.
+ASYNC_LIMIT_BYTES = 10_000_000
+SYNC_LIMIT_BYTES = 20_000_000
+MARGIN = 0.98
+_CATEGORIES = {"image": "images", "video": "videos", "audio": "audio"}
+
+
+def result_limit_bytes(job_id: str, override: int | None) -> int:
+    """How large the posted body may be for this job."""
+    if override is not None:
+        return override
+    return int(MARGIN * (SYNC_LIMIT_BYTES if job_id.startswith("sync-") else ASYNC_LIMIT_BYTES))
+
+
+@dataclass(frozen=True)
+class _Output:
+    """One file that ComfyUI wrote (``kind`` output or temp), or one picture that came by websocket (``data``)."""
+
+    node_id: str
+    filename: str
+    subfolder: str = ""
+    kind: str = "output"
+    data: bytes | None = None
+
+    def size_bytes(self, ramdisk: RamDisk) -> int:
+        size = ramdisk.size_of(self.kind, self.subfolder, self.filename) if self.data is None else len(self.data)
+        if size == 0:
+            raise OutputMissing(f"ComfyUI wrote an empty file: {self.filename!r}.", file=self.filename)
+        return size
+
+    def read(self, ramdisk: RamDisk) -> bytes:
+        return ramdisk.read(self.kind, self.subfolder, self.filename) if self.data is None else self.data
+
+    def item(self, size_bytes: int) -> tuple[str, dict[str, Any]]:
+        """The result's list that this belongs to, and its item with ``data`` still empty."""
+        media_type = mimetypes.guess_type(self.filename)[0] or "application/octet-stream"
+        return _CATEGORIES.get(media_type.partition("/")[0], "files"), {
+            "filename": self.filename,
+            "type": "base64",
+            "data": "",
+            "media_type": media_type,
+            "size_bytes": size_bytes,
+            "node_id": self.node_id,
+            "subfolder": self.subfolder,
+        }
+
+
+def collect_outputs(outcome: RunOutcome, ramdisk: RamDisk, limit_bytes: int) -> dict[str, list[dict[str, Any]]]:
+    """``{"images": [item...]}`` and, where there are any, ``videos``, ``audio``, ``files``, ``texts``.
+
+    Previews (type temp) are returned only where nothing was saved. Raises NoOutput, OutputMissing or ResultTooLarge,
+    the last before any file is read.
+    """
+    texts = _texts(outcome.outputs)
+    found = _find_files(outcome)
+    if not found and not texts:
+        raise NoOutput("The workflow ran and gave nothing; does it end in a SaveImage node or another output node?")
+    lists: dict[str, list[dict[str, Any]]] = {"images": []}
+    pairs = []
+    for output in found:
+        category, item = output.item(output.size_bytes(ramdisk))
+        lists.setdefault(category, []).append(item)
+        pairs.append((output, item))
+    if texts:
+        lists["texts"] = texts
+    _check_size(lists, limit_bytes)
+    for output, item in pairs:
+        item["data"] = base64.b64encode(output.read(ramdisk)).decode("ascii")
+    return lists
+
+
+def _find_files(outcome: RunOutcome) -> list[_Output]:
+    """Every key of ``outputs[node_id]`` can hold files: images, gifs, audio, latents, ... (see facts of SaveVideo)."""
+    found = [
+        _Output(node_id, str(entry["filename"]), str(entry.get("subfolder") or ""), str(entry.get("type") or "output"))
+        for node_id, output in outcome.outputs.items()
+        for entries in output.values()
+        if isinstance(entries, list)
+        for entry in entries
+        if isinstance(entry, dict) and "filename" in entry
+    ]
+    saved = [output for output in found if output.kind == "output"]
+    saved += [
+        _Output(node_id, f"websocket_{position:05}_{_extension(data)}", data=data)
+        for position, (node_id, data) in enumerate(outcome.socket_images, start=1)
+    ]
+    return saved or [output for output in found if output.kind == "temp"]
+
+
+def _extension(data: bytes) -> str:
+    return ".jpg" if data.startswith(b"\xff\xd8") else ".png"
+
+
+def _texts(outputs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Plain strings, as PreviewAny gives them under ``text``."""
+    return [
+        {"node_id": node_id, "text": text}
+        for node_id, output in outputs.items()
+        for text in output.get("text") or ()
+        if isinstance(text, str)
+    ]
+
+
+def _check_size(lists: dict[str, list[dict[str, Any]]], limit_bytes: int) -> None:
+    items = [item for name, entries in lists.items() if name != "texts" for item in entries]
+    encoded_bytes = sum(4 * ((item["size_bytes"] + 2) // 3) for item in items)
+    # The SDK posts json.dumps({"output": result}, ensure_ascii=False); Base64 needs no escapes.
+    body_bytes = encoded_bytes + len(json.dumps({"output": lists}, ensure_ascii=False).encode(errors="replace"))
+    if body_bytes <= limit_bytes:
+        return
+    files = {item["filename"]: item["size_bytes"] for item in items}
+    raise ResultTooLarge(
+        f"The result takes {body_bytes / 1e6:.1f} MB and RunPod takes {limit_bytes / 1e6:.1f} MB; "
+        "save fewer or smaller pictures, or a format such as WebP.",
+        body_bytes=body_bytes,
+        limit_bytes=limit_bytes,
+        files=files,
+    )

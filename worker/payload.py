@@ -1,0 +1,238 @@
+"""What goes in and what comes out: a job's input as typed values, a result as JSON that can be posted.
+
+Nothing is touched before all of the input is understood.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import math
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Any
+
+from worker.errors import InputInvalid, MediaInvalid, WorkflowInvalid
+from worker.media import check_image
+
+Workflow = dict[str, dict[str, Any]]
+
+KNOWN_KEYS = ("workflow", "images", "files", "debug", "timeout_s", "comfy_org_api_key")
+MAX_NAME_BYTES = 255  # what a file system takes for one part of a path
+MAX_TIMEOUT_S = 604_800  # RunPod's own upper bound for executionTimeout: 7 days
+_DATA_URI = re.compile(r"data:[^,]{0,200},", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file for ComfyUI's input directory; ``name`` is relative to it and may have folders."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """A job input that has been checked. ``warnings`` are sentences for the result."""
+
+    workflow: Workflow
+    files: tuple[InputFile, ...]
+    debug: bool
+    timeout_s: float | None
+    comfy_org_api_key: str | None
+    warnings: tuple[str, ...]
+
+
+def parse_job_input(job_input: object) -> JobRequest:
+    """Check ``job["input"]`` as a whole.
+
+    Raises InputInvalid, WorkflowInvalid or MediaInvalid with one sentence that says what to change.
+    """
+    if not isinstance(job_input, dict):
+        raise InputInvalid('The input must be an object such as {"workflow": {...}}.')
+    warnings = _unknown_key_warnings(job_input)
+    workflow = _parse_workflow(job_input)
+    images = _parse_files(job_input.get("images"), "images")
+    for image in images:
+        check_image(image.name, image.data)
+    files = images + _parse_files(job_input.get("files"), "files")
+    _refuse_duplicates(files)
+    return JobRequest(
+        workflow=workflow,
+        files=tuple(files),
+        debug=_parse_flag(job_input, "debug"),
+        timeout_s=_parse_timeout(job_input.get("timeout_s")),
+        comfy_org_api_key=_parse_key(job_input.get("comfy_org_api_key")),
+        warnings=tuple(warnings),
+    )
+
+
+def _unknown_key_warnings(job_input: dict[Any, Any]) -> list[str]:
+    warnings = []
+    for key in job_input:
+        if key in KNOWN_KEYS:
+            continue
+        near = difflib.get_close_matches(str(key), KNOWN_KEYS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        if near == ["workflow"] and "workflow" not in job_input:
+            raise InputInvalid(f"The input has no 'workflow', but a key {str(key)[:80]!r}{hint}")
+        warnings.append(f"The input key {str(key)[:80]!r} is unknown and was ignored{hint}")
+    return warnings
+
+
+# --- the workflow ----------------------------------------------------------------------------------------------------
+
+
+def _parse_workflow(job_input: dict[Any, Any]) -> Workflow:
+    if job_input.get("workflow") is None:
+        raise WorkflowInvalid(
+            "The input has no 'workflow'; send the graph that ComfyUI's Workflow > Export (API) gives."
+        )
+    workflow = job_input["workflow"]
+    if not isinstance(workflow, dict):
+        kind = type(workflow).__name__
+        raise WorkflowInvalid(f"'workflow' must be a JSON object {{node_id: node}}, not a {kind}.")
+    for wrapper in ("prompt", "workflow"):
+        inner = workflow.get(wrapper)
+        if isinstance(inner, dict) and "class_type" not in inner:
+            workflow = inner
+            break
+    if isinstance(workflow.get("nodes"), list):
+        raise WorkflowInvalid(
+            "This is a workflow in ComfyUI's UI format (it has 'nodes' and 'links'); "
+            "export it with Workflow > Export (API) and send that file."
+        )
+    if not workflow:
+        raise WorkflowInvalid("'workflow' is empty; it must hold at least one node.")
+    for node_id, node in workflow.items():
+        _check_node(node_id, node)
+    return workflow
+
+
+def _check_node(node_id: object, node: object) -> None:
+    shown = str(node_id)[:80]
+    if not isinstance(node, dict) or not isinstance(node.get("class_type"), str):
+        raise WorkflowInvalid(f"Node {shown!r} of the workflow has no 'class_type'; is this the API format?")
+    if not isinstance(node.get("inputs"), dict):
+        raise WorkflowInvalid(f"Node {shown!r} of the workflow has no 'inputs' object.")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _parse_files(value: object, key: str) -> list[InputFile]:
+    """Both forms: ``{name: base64}`` and the official worker's ``[{"name": ..., "image": base64}]``."""
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        pairs = list(value.items())
+    elif isinstance(value, list):
+        pairs = [_pair_of_item(item, key, position) for position, item in enumerate(value)]
+    else:
+        raise InputInvalid(f'\'{key}\' must be {{name: base64}} or a list of {{"name", "image"}} objects.')
+    return [InputFile(name := _checked_name(raw, key), _decode(data, name)) for raw, data in pairs]
+
+
+def _pair_of_item(item: object, key: str, position: int) -> tuple[object, object]:
+    if not isinstance(item, dict) or "name" not in item:
+        raise InputInvalid(f"Item {position} of '{key}' must be an object with 'name' and 'image'.")
+    content = next((item[field] for field in ("image", "file", "data") if field in item), None)
+    return item["name"], content
+
+
+def _checked_name(raw: object, key: str) -> str:
+    """A relative path of plain parts, NFC-normalised, so that one name is one file."""
+    if not isinstance(raw, str) or not raw:
+        raise InputInvalid(f"Every file of '{key}' needs a name (a string that is not empty).")
+    name = unicodedata.normalize("NFC", raw)
+    shown = repr(name[:80])
+    if any(ord(char) < 32 or 0xD800 <= ord(char) <= 0xDFFF for char in name) or "\\" in name:
+        raise InputInvalid(f"The file name {shown} has a control character, a backslash or a broken character.")
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        raise InputInvalid(f"The file name {shown} must be relative to the input directory and stay inside it.")
+    if any(part.startswith(".") for part in parts):
+        raise InputInvalid(f"The file name {shown} has a part that starts with a dot.")
+    if len(parts) > 8 or any(len(part.encode()) > MAX_NAME_BYTES for part in parts):
+        raise InputInvalid(f"The file name {shown} is too long.")
+    return name
+
+
+def _decode(value: object, name: str) -> bytes:
+    """Base64, plain or as a data URI; the URL-safe alphabet, white space and missing padding are taken too."""
+    if not isinstance(value, str):
+        raise InputInvalid(f"The content of {name!r} must be a Base64 string.")
+    if value[:8].lower().startswith(("http://", "https://")):
+        raise InputInvalid(f"{name!r} is a URL; this worker takes Base64 only.")
+    prefix = _DATA_URI.match(value)
+    text = value[prefix.end() :] if prefix else value
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:  # binascii.Error, or a character outside ASCII; worth a second, slower look
+        pass
+    text = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except ValueError:
+        raise MediaInvalid(f"The content of {name!r} is not valid Base64; it may have been cut.", name=name) from None
+
+
+def _refuse_duplicates(files: list[InputFile]) -> None:
+    seen: set[str] = set()
+    for file in files:
+        if file.name in seen:
+            raise InputInvalid(f"Two files are named {file.name!r}; each name can be sent once.")
+        seen.add(file.name)
+    for name in seen:
+        folder = name
+        while "/" in folder:
+            folder = folder.rpartition("/")[0]
+            if folder in seen:
+                raise InputInvalid(f"{folder!r} is sent as a file and used as the folder of {name!r}.")
+
+
+# --- the rest --------------------------------------------------------------------------------------------------------
+
+
+def _parse_flag(job_input: dict[Any, Any], key: str) -> bool:
+    value = job_input.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise InputInvalid(f"'{key}' must be true or false.")
+    return bool(value)
+
+
+def _parse_timeout(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputInvalid("'timeout_s' must be a number of seconds.")
+    if not 0 < value <= MAX_TIMEOUT_S:
+        raise InputInvalid(f"'timeout_s' must be above 0 and at most {MAX_TIMEOUT_S}.")
+    return float(value)
+
+
+def _parse_key(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise InputInvalid("'comfy_org_api_key' must be a string.")
+    return value or None
+
+
+# --- the result ------------------------------------------------------------------------------------------------------
+
+
+def json_safe(value: Any) -> Any:
+    """``value`` without what the SDK cannot post: a lone surrogate (nothing is posted at all) and NaN (invalid JSON).
+
+    Measured with runpod 1.12.0, which serialises with ``json.dumps(..., ensure_ascii=False)``.
+    """
+    if isinstance(value, str):  # isascii is a flag of the string: megabytes of Base64 cost nothing here
+        return value if value.isascii() else value.encode("utf-8", "replace").decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {json_safe(key): json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(item) for item in value]
+    return value

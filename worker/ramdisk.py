@@ -1,0 +1,200 @@
+"""The RAM disk: durable, contained writes; reads that cannot leave it; a wipe that overwrites before it unlinks.
+
+Every path is walked one part at a time with ``dir_fd`` and ``O_NOFOLLOW``, so a planted symlink is never followed.
+`start.sh` makes the directories and the marker file; nothing here touches a root without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from worker.errors import OutputMissing, RamDiskError, RamDiskFull
+
+if TYPE_CHECKING:
+    from worker.payload import InputFile
+
+MARKER = ".comfy-endpoint-ramdisk"
+JOB_DIRECTORIES = ("input", "output", "temp")
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_ZEROS = bytes(1 << 20)  # 64 KiB to 1 MiB pieces are the fastest way to overwrite on tmpfs (measured)
+
+
+class RamDisk:
+    """``root`` holds ``input``, ``output``, ``temp`` (wiped with each job), ``run`` and ``user`` (never wiped)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def free_bytes(self) -> int:
+        """Bytes that can still be written."""
+        usage = os.statvfs(self.root)
+        return usage.f_bavail * usage.f_frsize
+
+    def write_inputs(self, files: tuple[InputFile, ...]) -> None:
+        """Write all of ``files`` below ``input``, each whole and synced before it has its name.
+
+        Raises RamDiskFull (before the first byte where the sizes already tell) or RamDiskError.
+        """
+        needed_bytes = sum(len(file.data) for file in files)
+        if needed_bytes > self.free_bytes():
+            raise self._full(needed_bytes)
+        try:
+            for file in files:
+                self._write_durably(file)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._full(needed_bytes) from None
+            raise RamDiskError(f"The RAM disk cannot be written ({error.strerror}).") from error
+
+    def _write_durably(self, file: InputFile) -> None:
+        *folders, leaf = file.name.split("/")
+        with self._directory("input", folders, create=True) as directory_fd:
+            # ComfyUI may open the final name at any moment: it must never see a part of the file (the RAM-disk race).
+            partial = f".{secrets.token_hex(8)}.part"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with os.fdopen(os.open(partial, flags, 0o600, dir_fd=directory_fd), "wb") as stream:
+                stream.write(file.data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, leaf, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+
+    def size_of(self, kind: str, subfolder: str, filename: str) -> int:
+        """Size in bytes of a file that ComfyUI wrote. ``kind`` is ``output`` or ``temp``. Raises OutputMissing."""
+        with self._open_file(kind, subfolder, filename) as file_fd:
+            return os.fstat(file_fd).st_size
+
+    def read(self, kind: str, subfolder: str, filename: str) -> bytes:
+        """The whole file. Raises OutputMissing if it is not there, not a regular file, or outside."""
+        with self._open_file(kind, subfolder, filename) as file_fd, os.fdopen(file_fd, "rb", closefd=False) as stream:
+            return stream.read()
+
+    def wipe(self) -> None:
+        """Overwrite with zeros and remove all that is below ``input``, ``output`` and ``temp``.
+
+        Raises RamDiskError, also when the marker file is missing: then this is no directory of ours.
+        """
+        try:
+            with _opened(os.open(self.root, _DIRECTORY)) as root_fd:
+                if not stat.S_ISREG(os.stat(MARKER, dir_fd=root_fd, follow_symlinks=False).st_mode):
+                    raise RamDiskError(f"{self.root} has no marker file {MARKER}; refusing to wipe it.")
+                for name in JOB_DIRECTORIES:
+                    self._wipe_below(name, root_fd)
+        except FileNotFoundError:
+            raise RamDiskError(f"{self.root} has no marker file {MARKER}; refusing to wipe it.") from None
+        except OSError as error:
+            raise RamDiskError(f"{self.root} cannot be wiped ({error.strerror}).") from error
+
+    @staticmethod
+    def _wipe_below(name: str, root_fd: int) -> None:
+        try:
+            directory_fd = os.open(name, _DIRECTORY, dir_fd=root_fd)
+        except FileNotFoundError:
+            return  # ComfyUI removes its temp directory when it ends and makes it anew at its next start
+        with _opened(directory_fd):
+            _wipe_directory(directory_fd)
+
+    def _full(self, needed_bytes: int) -> RamDiskFull:
+        free_bytes = self.free_bytes()
+        return RamDiskFull(
+            f"The inputs need {needed_bytes} bytes and the RAM disk has {free_bytes} left; "
+            "send less, or give the container a larger /dev/shm (--shm-size).",
+            needed_bytes=needed_bytes,
+            free_bytes=free_bytes,
+        )
+
+    @contextlib.contextmanager
+    def _open_file(self, kind: str, subfolder: str, filename: str) -> Iterator[int]:
+        folders = [part for part in subfolder.split("/") if part]
+        shown = "/".join([kind, *folders, filename])
+        if (
+            kind not in ("output", "temp")
+            or not filename
+            or any(p in (".", "..") or "/" in p for p in (*folders, filename))
+        ):
+            raise OutputMissing(f"ComfyUI named an output outside its directories: {shown!r}.", file=shown)
+        try:
+            with self._directory(kind, folders, create=False) as directory_fd:
+                # O_NONBLOCK: a planted FIFO must not hang the worker.
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                file_fd = os.open(filename, flags, dir_fd=directory_fd)
+        except OSError as error:
+            raise OutputMissing(
+                f"ComfyUI's history names {shown!r}, which cannot be opened ({error.strerror}).", file=shown
+            ) from None
+        with _opened(file_fd):
+            if not stat.S_ISREG(os.fstat(file_fd).st_mode):
+                raise OutputMissing(f"ComfyUI's history names {shown!r}, which is not a regular file.", file=shown)
+            yield file_fd
+
+    @contextlib.contextmanager
+    def _directory(self, kind: str, folders: list[str], *, create: bool) -> Iterator[int]:
+        """A descriptor of ``root/kind/folders``, no part of which is a symlink."""
+        directory_fd = os.open(self.root / kind, _DIRECTORY)
+        try:
+            for folder in folders:
+                if create:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(folder, 0o700, dir_fd=directory_fd)
+                child_fd = os.open(folder, _DIRECTORY, dir_fd=directory_fd)
+                os.close(directory_fd)
+                directory_fd = child_fd
+            yield directory_fd
+        finally:
+            os.close(directory_fd)
+
+
+@contextlib.contextmanager
+def _opened(file_fd: int) -> Iterator[int]:
+    try:
+        yield file_fd
+    finally:
+        os.close(file_fd)
+
+
+def _wipe_directory(directory_fd: int) -> None:
+    with os.scandir(directory_fd) as scan:
+        entries = list(scan)
+    for entry in entries:
+        # A file can vanish meanwhile: a ComfyUI that dies removes its own temp directory.
+        with contextlib.suppress(FileNotFoundError):
+            if entry.is_dir(follow_symlinks=False):
+                with _opened(os.open(entry.name, _DIRECTORY, dir_fd=directory_fd)) as child_fd:
+                    _wipe_directory(child_fd)
+                os.rmdir(entry.name, dir_fd=directory_fd)
+            else:
+                if entry.is_file(follow_symlinks=False):
+                    overwrite_with_zeros(entry.name, directory_fd)
+                os.unlink(entry.name, dir_fd=directory_fd)
+
+
+def overwrite_with_zeros(name: str | Path, directory_fd: int | None = None) -> None:
+    """Replace the bytes of a regular file in place, its length unchanged.
+
+    Opening with "wb" would truncate first: the old pages would be freed with their content and the zeros would go to
+    fresh ones. A file with a second hard link is left alone: the other name may lie outside the RAM disk.
+    """
+    file_fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory_fd)
+    with _opened(file_fd):
+        status = os.fstat(file_fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            return
+        position = 0
+        while position < status.st_size:
+            position += os.pwrite(file_fd, memoryview(_ZEROS)[: status.st_size - position], position)
+        os.fsync(file_fd)
+
+
+if __name__ == "__main__":  # start.sh wipes what a killed worker left behind, before ComfyUI starts
+    try:
+        RamDisk(Path(sys.argv[1])).wipe()
+    except RamDiskError as failure:
+        sys.exit(f"ERROR: {failure}")
