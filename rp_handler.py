@@ -25,8 +25,9 @@ from runpod.serverless.modules.worker_state import JobsProgress
 
 from worker.comfyui import ComfyUI
 from worker.config import Config, ConfigError
+from worker.control import JobControl
 from worker.errors import RamDiskError, WorkerError, WorkerFault, internal_error
-from worker.follow import JobControl, Progress, run_workflow
+from worker.follow import Progress, run_workflow
 from worker.outputs import collect_outputs, result_limit_bytes
 from worker.payload import JobRequest, json_safe, parse_job_input
 from worker.process import ComfyUIProcess

@@ -128,7 +128,9 @@ def run_command(stack: Stack, command: list[str], environ: Mapping[str, str]) ->
     """Run ``command`` against the stack; returns its exit code. Raises LocalError if the stack dies under it."""
     words = [word.replace("{url}", stack.api_url) for word in command]
     client = subprocess.Popen(
-        words, env={**environ, "RUNPOD_API_KEY": stack.api_key, "RUNPOD_ENDPOINT_ID": ENDPOINT}, stdin=subprocess.DEVNULL
+        words,
+        env={**environ, "RUNPOD_API_KEY": stack.api_key, "RUNPOD_ENDPOINT_ID": ENDPOINT},
+        stdin=subprocess.DEVNULL,
     )
     try:
         while client.poll() is None:
@@ -169,7 +171,9 @@ def stay_up(stack: Stack) -> None:
 def main() -> int:
     """Returns the command's exit code, 0 after Ctrl-C, or 1 with one sentence on stderr."""
     parser = argparse.ArgumentParser(prog="python -m local", description="Run the whole stack on this machine.")
-    parser.add_argument("--platform-port", type=int, default=0, help="port of the RunPod stand-in (default: a free one)")
+    parser.add_argument(
+        "--platform-port", type=int, default=0, help="port of the RunPod stand-in (default: a free one)"
+    )
     parser.add_argument("command", nargs="*", help="what to run against the stack; {url} is its base URL")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end in order, as after Ctrl-C

@@ -440,7 +440,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         asyncio.run(_serve(app, options.port))
     except (OSError, OverflowError) as error:
-        print(f"The RunPod stand-in cannot listen on port {options.port}: {error}.", file=sys.stderr)
+        print(f"The RunPod stand-in cannot listen on port {options.port}: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -8,19 +8,15 @@ a job. ComfyUI's message order is the same in 0.18.1, 0.3.75 and 0.3.64: ``execu
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import secrets
-import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import websocket
-
 from worker.comfyui import ComfyUI
+from worker.control import JobControl
 from worker.errors import (
     ComfyUICrashed,
     ComfyUIUnavailable,
@@ -31,6 +27,7 @@ from worker.errors import (
     JobTimeout,
     OutOfGpuMemory,
 )
+from worker.feed import Feed
 from worker.payload import Workflow
 
 log = logging.getLogger(__name__)
@@ -38,42 +35,11 @@ log = logging.getLogger(__name__)
 NONCE_INPUT = "__job_nonce"
 TICK_S = 0.1  # how soon a cancellation, a deadline or a dead process is seen
 QUIET_S = 2.0  # without a message for so long, /queue and /history are asked
-RECONNECT_S = 0.5
-CONNECT_TIMEOUT_S = 5.0
 HISTORY_WAITS_S = (0.010, 0.050, 0.250, 1.250, 6.250)
 MAX_TRACEBACK_LINES = 8
 _PREVIEW_EVENT = 1  # binary frame: u32 event, u32 format, image (ComfyUI's protocol.py)
 
 Progress = dict[str, Any]
-
-
-class JobControl:
-    """What ends a job from outside: its deadline and its cancellation. ``cancel`` may be called from any thread."""
-
-    def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.timeout_s = timeout_s
-        self._clock = clock
-        self._deadline = clock() + timeout_s
-        self._cancelled = threading.Event()
-
-    def shorten(self, timeout_s: float) -> None:
-        """A job's own, shorter timeout, counted from the start of the job."""
-        if timeout_s < self.timeout_s:
-            self._deadline -= self.timeout_s - timeout_s
-            self.timeout_s = timeout_s
-
-    def cancel(self) -> None:
-        self._cancelled.set()
-
-    def check(self) -> None:
-        """Raise JobCancelled or JobTimeout if the job has to end."""
-        if self._cancelled.is_set():
-            raise JobCancelled("The job was cancelled.")
-        if self._clock() >= self._deadline:
-            raise JobTimeout(f"The job did not finish within {self.timeout_s:g} s.", timeout_s=self.timeout_s)
-
-    def remaining_s(self) -> float:
-        return max(0.0, self._deadline - self._clock())
 
 
 @dataclass
@@ -157,19 +123,19 @@ class _Run:
 
     def complete(self, workflow: Workflow, api_key: str | None) -> RunOutcome:
         prompt_id = self._outcome.prompt_id
-        socket = _Socket(self._comfyui.port, client_id=uuid.uuid4().hex, clock=self._comfyui.clock)
+        feed = Feed(self._comfyui.port, client_id=uuid.uuid4().hex, clock=self._comfyui.clock)
         try:
             # Socket first: messages can arrive before the POST is answered, and what is sent to nobody is lost.
-            socket.open()
+            feed.open()
             self._control.check()
-            self._outcome.warnings = self._comfyui.submit(workflow, prompt_id, socket.client_id, api_key)
-            self._follow(socket)
+            self._outcome.warnings = self._comfyui.submit(workflow, prompt_id, feed.client_id, api_key)
+            self._follow(feed)
             record = self._read_history()
         except (JobTimeout, JobCancelled):
             self._stop()
             raise
         finally:
-            socket.close()
+            feed.close()
             # ComfyUI keeps the whole workflow in its history; a later look at it must find nothing.
             with contextlib.suppress(ComfyUIUnavailable, ComfyUICrashed):
                 self._comfyui.forget(prompt_id)
@@ -177,12 +143,12 @@ class _Run:
         self._outcome.outputs = record.get("outputs") or {}
         return self._outcome
 
-    def _follow(self, socket: _Socket) -> None:
+    def _follow(self, feed: Feed) -> None:
         """Return when the prompt has ended, in whatever way."""
         quiet_since = self._comfyui.clock()
         while True:
             self._control.check()
-            message = socket.receive(TICK_S)
+            message = feed.receive(TICK_S)
             now = self._comfyui.clock()
             if message is not None:
                 quiet_since = now
@@ -190,11 +156,11 @@ class _Run:
                     return
                 continue
             self._comfyui.raise_if_dead()
-            if not socket.is_open or self._terminal_seen or now - quiet_since >= QUIET_S:
+            if not feed.is_open or self._terminal_seen or now - quiet_since >= QUIET_S:
                 if self._has_ended():
                     return
                 quiet_since = now
-                socket.reopen_if_due()
+                feed.reopen_if_due()
 
     def _has_ended(self) -> bool:
         """Ask ComfyUI itself. The queue first: a prompt enters the history in the same step in which it leaves it."""
@@ -283,79 +249,6 @@ class _Run:
         is_picture = int.from_bytes(message[:4], "big") == _PREVIEW_EVENT and len(message) > 8
         if is_picture and self._node_id is not None and self._class_type() == "SaveImageWebsocket":
             self._outcome.socket_images.append((self._node_id, message[8:]))
-
-
-class _Socket:
-    """ComfyUI's websocket, which may be down at any time; nobody's job fails for it."""
-
-    def __init__(self, port: int, client_id: str, clock: Callable[[], float]) -> None:
-        self.client_id = client_id
-        self._url = f"ws://127.0.0.1:{port}/ws?clientId={client_id}"
-        self._clock = clock
-        self._socket: websocket.WebSocket | None = None
-        self._tried_at = 0.0
-
-    @property
-    def is_open(self) -> bool:
-        return self._socket is not None
-
-    def open(self) -> None:
-        self._tried_at = self._clock()
-        with _socket_trouble():
-            # Checking UTF-8 in Python costs seconds on a 17 MiB progress_state flood; json.loads checks what is parsed.
-            self._socket = websocket.create_connection(
-                self._url, timeout=CONNECT_TIMEOUT_S, skip_utf8_validation=True, enable_multithread=False
-            )
-
-    def reopen_if_due(self) -> None:
-        """Connect again after a break. The old one is closed by then: with two sockets of one clientId, the closing
-        of the first makes the second go silent (0.18.1, 0.3.x)."""
-        if not self.is_open and self._clock() - self._tried_at >= RECONNECT_S:
-            self.open()
-
-    def receive(self, timeout_s: float) -> bytes | dict[str, Any] | None:
-        """The next message that matters: JSON as a dict, binary as bytes; None after ``timeout_s`` or a break."""
-        if self._socket is None:
-            time.sleep(timeout_s)
-            return None
-        try:
-            self._socket.settimeout(timeout_s)
-            opcode, content = self._socket.recv_data()
-        except websocket.WebSocketTimeoutException:
-            return None
-        except (websocket.WebSocketException, OSError) as error:
-            log.warning("the websocket broke (%s); asking the queue and the history", type(error).__name__)
-            self.close()
-            return None
-        if opcode == websocket.ABNF.OPCODE_CLOSE:
-            self.close()
-            return None
-        return bytes(content) if opcode == websocket.ABNF.OPCODE_BINARY else _parse_message(content)
-
-    def close(self) -> None:
-        with _socket_trouble():
-            if self._socket is not None:
-                self._socket.shutdown()
-        self._socket = None
-
-
-def _parse_message(content: bytes) -> dict[str, Any]:
-    # progress_state repeats every node's state in every message; nothing of it is needed.
-    if content.startswith(b'{"type": "progress_state"'):
-        return {}
-    try:
-        message = json.loads(content)
-    except ValueError:
-        return {}
-    return message if isinstance(message, dict) else {}
-
-
-@contextlib.contextmanager
-def _socket_trouble() -> Iterator[None]:
-    try:
-        yield
-    except (websocket.WebSocketException, OSError) as error:
-        log.debug("websocket: %s", type(error).__name__)
 
 
 def _raise_if_failed(status: dict[str, Any]) -> None:

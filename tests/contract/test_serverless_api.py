@@ -90,9 +90,16 @@ class Workers:
 
 def start_server(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "local.serverless_api", "--api-key", KEY, *arguments]
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """End a process by SIGTERM, and fail after TIMEOUT_S."""
+    process.terminate()
+    try:
+        process.wait(TIMEOUT_S)
+    finally:
+        process.kill()
 
 
 @contextmanager
@@ -105,9 +112,9 @@ def serve() -> Iterator[Endpoint]:
         assert word == "listening"
         yield Endpoint(url)
     finally:
-        server.terminate()
-        _, stderr = server.communicate(timeout=TIMEOUT_S)
-    assert (server.returncode, stderr) == (0, "")
+        stop(server)
+    assert server.stderr is not None
+    assert (server.returncode, server.stderr.read()) == (0, "")
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +136,8 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     """A stand-in with two idle SDK workers."""
     folder = tmp_path_factory.mktemp("sdk_workers")
     with serve() as endpoint, ExitStack() as stack:
-        processes = [start_worker(endpoint.base_url, pod_id, folder) for pod_id in sorted(PODS)]
-        for process in processes:
-            stack.callback(process.wait, TIMEOUT_S)
-        for process in processes:
-            stack.callback(process.terminate)
+        for pod_id in sorted(PODS):
+            stack.callback(stop, start_worker(endpoint.base_url, pod_id, folder))
         wait_until(lambda: endpoint.health()["workers"]["idle"] == len(PODS), "both workers ask for jobs")
         yield Workers(endpoint, folder)
 
@@ -298,6 +302,16 @@ def test_late_posts_do_not_change_a_finished_job(endpoint: Endpoint) -> None:
         assert endpoint.done("pod1", job_id, late).status_code == 200
     assert endpoint.call("POST", f"cancel/{job_id}").json() == {"id": job_id, "status": "COMPLETED"}
     assert endpoint.status(job_id) == body
+
+
+def test_a_job_cancelled_in_the_queue_is_given_to_no_worker(endpoint: Endpoint) -> None:
+    cancelled, kept = endpoint.run(number=1), endpoint.run(number=2)
+    for _ in range(2):
+        response = endpoint.call("POST", f"cancel/{cancelled}")
+        assert (response.status_code, response.json()) == (200, {"id": cancelled, "status": "CANCELLED"})
+    assert endpoint.take("pod1").json()["id"] == kept
+    assert endpoint.take("pod1").status_code == 204
+    assert endpoint.status(cancelled) == {"id": cancelled, "status": "CANCELLED"}
 
 
 def test_the_result_of_a_cancelled_job_is_ignored(endpoint: Endpoint) -> None:

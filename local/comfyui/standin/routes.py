@@ -94,13 +94,12 @@ class Routes:
 
     def _next_number(self, body: Any) -> float:
         """The place in the queue: as given, else counted up; `front` makes it negative."""
-        if "number" in body:
-            return float(body["number"])
+        fields = body if isinstance(body, dict) else {}
+        if "number" in fields:
+            return float(fields["number"])
         number = self._number
         self._number += 1
-        # A body that is a list gets as far as "no prompt", so it is only asked for its keys here.
-        front = body["front"] if "front" in body else False
-        return -number if front else number
+        return -number if fields.get("front") else number
 
     async def get_queue(self, _request: web.Request) -> web.Response:
         running, pending = self._queue.current()

@@ -1,0 +1,37 @@
+# make demo | up | test | lint | mutants | lock | clean
+PYTHON ?= python3
+PY = .venv/bin/python
+CLIENT = $(PY) client.py --url {url} --workflow workflows/one_image.json --img workflows/photos/coffee.jpg
+
+.PHONY: demo up test lint mutants lock clean
+
+demo: .venv/.installed ## one photograph through the whole stack; the picture lands in output/
+	@$(PY) -m local -- $(CLIENT)
+
+up: .venv/.installed ## the stack, until Ctrl-C; PORT=8000 fixes the API's port
+	@$(PY) -m local --platform-port $(or $(PORT),0)
+
+test: .venv/.installed-dev
+	@$(PY) -m pytest
+
+lint: .venv/.installed-dev
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/shellcheck start.sh local/venv.sh .ci/run
+
+mutants: .venv/.installed-dev ## takes out the nonce, the fsync, the wipe, ...: each time a test must turn red
+	@$(PY) -m tests.mutants
+
+lock: ## pins pyproject.toml's dependencies with hashes and without addresses; needs uv
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate -q pyproject.toml -o requirements.txt
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate -q --extra dev pyproject.toml -o requirements-dev.txt
+
+clean:
+	rm -rf .venv output .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+.venv/.installed: requirements.txt
+	@PYTHON=$(PYTHON) local/venv.sh requirements.txt && touch $@
+
+.venv/.installed-dev: requirements-dev.txt
+	@PYTHON=$(PYTHON) local/venv.sh requirements-dev.txt && touch .venv/.installed $@
