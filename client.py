@@ -68,6 +68,7 @@ class ClientError(Exception):
     ├── JobFailed       the job ended without a usable result, or an item of it could not be saved
     ├── JobTimedOut     the time for the job is over
     └── PlatformError   RunPod or the network
+        ├── NotFound    the endpoint or the job is not there
         └── Unreachable no usable answer this time; asking again may help
     """
 
@@ -91,7 +92,7 @@ class PlatformError(ClientError):
 
 
 class NotFound(PlatformError):
-    """HTTP 404: the endpoint or the job is not there."""
+    """HTTP 404."""
 
 
 class Unreachable(PlatformError):
@@ -359,6 +360,7 @@ def plan_seeds(workflow: Workflow, draw: Callable[[], int]) -> list[Change]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 FINAL_STATES = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
+TIMEOUT_REASON = re.compile(r"executionTimeout exceeded|\[JOB_TIMEOUT\]")  # by RunPod and by the worker, both FAILED
 
 
 class Endpoint:
@@ -403,8 +405,8 @@ class Endpoint:
                 self._wait(max(delay_s, error.retry_after_s), deadline)
                 delay_s = min(delay_s * POLL_GROWTH, LAST_POLL_S)
         job_id = answer.get("id")
-        if not isinstance(job_id, str) or not job_id:
-            raise PlatformError("the endpoint took the job and named no id for it")
+        if not isinstance(job_id, str) or not re.fullmatch(r"[\w.-]{1,200}", job_id):
+            raise PlatformError("the endpoint took the job and named no id for it that could be asked for")
         return job_id
 
     def follow(self, job_id: str, deadline: float, on_status: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
@@ -437,11 +439,11 @@ class Endpoint:
 
     def cancel(self, job_id: str) -> None:
         """Takes the job out of the queue, or stops it."""
-        self._call("POST", f"/cancel/{quote(job_id, safe='')}", read_timeout_s=CANCEL_TIMEOUT_S)
+        self._call("POST", f"/cancel/{job_id}", read_timeout_s=CANCEL_TIMEOUT_S)
 
     def _status(self, job_id: str) -> dict[str, Any]:
         try:
-            status = self._call("GET", f"/status/{quote(job_id, safe='')}")
+            status = self._call("GET", f"/status/{job_id}")
         except NotFound as error:
             raise PlatformError(f"RunPod no longer knows job {job_id}: its time to live is over") from error
         if not isinstance(status.get("status"), str):
@@ -518,7 +520,7 @@ def run_job(endpoint: Endpoint, body: bytes, timeout_s: float) -> dict[str, Any]
     except KeyboardInterrupt:
         say("if RunPod took the job before this, it runs to its end: its id did not arrive here")
         raise
-    say(f"job {one_line(job_id, 100)}")
+    say(f"job {job_id}")
     try:
         with ProgressDisplay(sys.stderr) as display:
             return endpoint.follow(job_id, deadline, display.update)
@@ -531,9 +533,9 @@ def _cancel_aloud(endpoint: Endpoint, job_id: str) -> None:
     try:
         endpoint.cancel(job_id)
     except PlatformError as error:
-        say(f"job {one_line(job_id, 100)} could not be cancelled and may still run: {error}")
+        say(f"job {job_id} could not be cancelled and may still run: {error}")
     else:
-        say(f"job {one_line(job_id, 100)} is cancelled on RunPod")
+        say(f"job {job_id} is cancelled on RunPod")
 
 
 def outcome(status: Mapping[str, Any]) -> dict[str, Any]:
@@ -547,7 +549,7 @@ def outcome(status: Mapping[str, Any]) -> dict[str, Any]:
             return output
         status = {**status, "error": output["error"]}
     reason = failure_reason(status)
-    if state == "TIMED_OUT" or "executiontimeout exceeded" in reason.lower():  # seen both ways
+    if state == "TIMED_OUT" or TIMEOUT_REASON.search(reason):
         raise JobTimedOut(f"the job ran out of time on RunPod{': ' + reason if reason else ''}")
     raise JobFailed(f"the job {'was cancelled' if state == 'CANCELLED' else 'failed'}{': ' + reason if reason else ''}")
 
@@ -895,17 +897,23 @@ def make_output_directory(directory: Path) -> None:
         raise InputError(f"--out {directory} cannot be written to")
 
 
-def print_remarks(status: Mapping[str, Any], output: Mapping[str, Any], *, debug: bool) -> None:
-    """The result's warnings on stderr, its texts on stdout; with debug, times and what the worker says about itself."""
+def print_debug(status: Mapping[str, Any]) -> None:
+    """Times, and what the worker says about itself and about a failure; a line each."""
+    output = status.get("output")
+    facts = {key: status[key] for key in ("delayTime", "executionTime", "workerId") if key in status}
+    for key in ("timings_ms", "debug", "details"):
+        value = output.get(key) if isinstance(output, dict) else None
+        facts |= {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {}
+    for key, value in facts.items():
+        say(f"{one_line(key, 60)}: {one_line(value if isinstance(value, str) else json.dumps(value), 2000)}")
+
+
+def print_remarks(output: Mapping[str, Any]) -> None:
+    """The result's warnings on stderr, its texts on stdout."""
     for key in ("warnings", "errors"):  # the official worker puts what it could not return under `errors`
         remarks = output.get(key)
         for remark in remarks if isinstance(remarks, list) else []:
             say(f"warning: {one_line(remark)}")
-    if debug:
-        facts = {key: status[key] for key in ("delayTime", "executionTime", "workerId") if key in status}
-        facts |= {key: output[key] for key in ("timings_ms", "debug") if key in output}
-        for key, value in facts.items():
-            say(f"{key}: {one_line(json.dumps(value), 2000)}")
     texts = output.get("texts")
     for text in texts if isinstance(texts, list) else []:
         print(text if isinstance(text, str) else json.dumps(text), flush=True)
@@ -917,8 +925,10 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> ExitCode:
     body = build_body(options)
     make_output_directory(options.out)
     status = run_job(endpoint, body, options.timeout)
+    if options.debug:
+        print_debug(status)
     output = outcome(status)
-    print_remarks(status, output, debug=options.debug)
+    print_remarks(output)
     failures = save_result(output, options.out)
     for failure in failures:
         say(f"error: {failure}")

@@ -237,7 +237,7 @@ class Endpoint:
             await asyncio.sleep(EXIT_POLL_S)
         for task in asyncio.all_tasks():
             if task is not asyncio.current_task():
-                task.cancel()  # among them the pending job-take and job-stop polls, which the platform may hold for long
+                task.cancel()  # among them the pending polls, which the platform may hold for 90 s
 
 
 def wait_until_ready(worker: Worker) -> None:

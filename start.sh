@@ -153,7 +153,7 @@ start_comfyui() {
         cd -- "$COMFYUI_DIR"
         unset "${!RUNPOD_@}" "${!BUCKET_@}" "${!AWS_@}" HF_TOKEN HUGGING_FACE_HUB_TOKEN PUBLIC_KEY
         export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 # a checkout is never changed; the log is never late
-        exec "$COMFYUI_PYTHON" main.py "${args[@]}" ${extra_args[@]+"${extra_args[@]}"}
+        exec setsid "$COMFYUI_PYTHON" main.py "${args[@]}" ${extra_args[@]+"${extra_args[@]}"}
     ) >>"$log_file" 2>&1 &
     comfyui_pid=$!
     # The handler compares generations; it must never read half a line.
@@ -182,7 +182,7 @@ follow_comfyui_log() {
 # usage: start_handler   only as a serverless worker
 start_handler() {
     [[ $MODE == serverless ]] || return 0
-    (cd -- "$WORKER_DIR" && exec "$WORKER_PYTHON" rp_handler.py) &
+    (cd -- "$WORKER_DIR" && exec setsid "$WORKER_PYTHON" rp_handler.py) &
     handler_pid=$!
 }
 
@@ -190,6 +190,7 @@ start_handler() {
 on_comfyui_death() {
     local hint=''
     [[ $1 != 137 ]] || hint=' (SIGKILL: out of memory, or killed by the handler)'
+    kill_group "$comfyui_pid" # what its nodes have started may hold the GPU
     log ERROR "ComfyUI ended with code $1$hint; the end of its log:"
     tail -n 20 -- "$RAMDISK_DIR/run/comfyui.log" >&2
     [[ -e $RAMDISK_DIR/run/listened ]] || die 1 "ComfyUI died while booting; see its log above."
@@ -209,7 +210,6 @@ supervise() {
         case ${ended:-none} in
         "$comfyui_pid") on_comfyui_death "$code" ;;
         "$handler_pid")
-            handler_pid=''
             ((code == 0)) || log ERROR "The handler ended with code $code."
             exit "$code"
             ;;
@@ -219,14 +219,13 @@ supervise() {
     done
 }
 
-# usage: stop   SIGTERM: a running job is finished and posted by the handler first; then all ends
+# usage: stop   SIGTERM: a running job is finished and posted by the handler first; SIGINT does not wait for it
 stop() {
-    trap '' TERM INT
+    trap '' TERM
     log INFO "Stopping."
     if [[ -n $handler_pid ]]; then
         kill -TERM "$handler_pid" 2>/dev/null || true
         wait "$handler_pid" || true
-        handler_pid=''
     fi
     exit 0
 }
@@ -238,6 +237,9 @@ clean_up() {
     kill_jobs TERM
     while [[ -n $(jobs -rp) ]] && ((SECONDS < deadline)); do sleep 0.02; done
     kill_jobs KILL
+    # The SDK's ping process outlives a killed handler and would go on telling RunPod that this worker lives.
+    kill_group "$handler_pid"
+    kill_group "$comfyui_pid"
     if wipe_ramdisk; then rm -rf -- "$RAMDISK_DIR"; fi
     exit "$code"
 }
@@ -248,11 +250,17 @@ kill_jobs() {
     for pid in $(jobs -rp); do kill "-$1" "$pid" 2>/dev/null || true; done
 }
 
+# usage: kill_group PID   what a process that was started with setsid has left behind; PID may be empty
+kill_group() {
+    [[ -z $1 ]] || kill -KILL -- "-$1" 2>/dev/null || true
+}
+
 _main() {
     setup_environment
     claim_ramdisk
     trap clean_up EXIT
-    trap stop TERM INT
+    trap stop TERM
+    trap 'exit 130' INT
     prepare_ramdisk
     start_sshd
     start_models

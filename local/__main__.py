@@ -22,13 +22,14 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from local.serverless_api import worker_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDPOINT = "local"
 BOOT_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 15.0
+STOP_TIMEOUT_S = 10.0
 POLL_S = 0.05
 PR_SET_PDEATHSIG = 1  # prctl(2): the child gets a signal when its parent dies, even of SIGKILL
 
@@ -42,14 +43,18 @@ class Stack:
     """A running stack. ``api_url`` is what a client's --url takes."""
 
     platform: subprocess.Popen[str]
-    worker: subprocess.Popen[bytes]
+    worker: subprocess.Popen[str]
     platform_url: str
-    comfyui_url: str
     api_key: str
+    settings: Mapping[str, str]
 
     @property
     def api_url(self) -> str:
         return f"{self.platform_url}/v2"
+
+    @property
+    def comfyui_url(self) -> str:
+        return f"http://127.0.0.1:{self.settings['COMFYUI_PORT']}"
 
     def raise_if_down(self) -> None:
         for name, process in (("start.sh", self.worker), ("The RunPod stand-in", self.platform)):
@@ -65,19 +70,22 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_stack(environ: Mapping[str, str], platform_port: int = 0) -> Iterator[Stack]:
+def running_stack(
+    environ: Mapping[str, str], platform_port: int = 0, log_file: IO[str] = sys.stderr
+) -> Iterator[Stack]:
     """Start the platform stand-in and `start.sh`; stop both, and all that they started, on the way out."""
     api_key = secrets.token_hex(16)
-    platform = start([sys.executable, "-m", "local.serverless_api", "--port", str(platform_port), "--api-key", api_key,
-                      "--endpoint", ENDPOINT], environ, stdout=subprocess.PIPE)  # fmt: skip
+    serve = [sys.executable, "-m", "local.serverless_api", "--port", str(platform_port)]
+    platform = start([*serve, "--api-key", api_key, "--endpoint", ENDPOINT], environ, log_file, subprocess.PIPE)
     try:
-        platform_url = platform.stdout.readline().split()[-1:] if platform.stdout else []
-        if not platform_url:
+        assert platform.stdout is not None
+        words = platform.stdout.readline().split()  # "listening URL"
+        if not words:
             raise LocalError("The RunPod stand-in did not start; its line above says why.")
-        settings = worker_settings(environ, platform_url[0], api_key)
-        worker = start(["bash", str(ROOT / "start.sh")], settings)
+        settings = worker_settings(environ, words[-1], api_key)
+        worker = start(["bash", str(ROOT / "start.sh")], settings, log_file)
         try:
-            yield Stack(platform, worker, platform_url[0], f"http://127.0.0.1:{settings['COMFYUI_PORT']}", api_key)
+            yield Stack(platform, worker, words[-1], api_key, settings)
         finally:
             stop(worker)
     finally:
@@ -86,20 +94,25 @@ def running_stack(environ: Mapping[str, str], platform_port: int = 0) -> Iterato
 
 def worker_settings(environ: Mapping[str, str], platform_url: str, api_key: str) -> dict[str, str]:
     """The environment of `start.sh`: what the caller has set wins."""
-    worker_id = f"local-{os.getpid()}"
+    worker_id = f"local-{secrets.token_hex(4)}"
+    ramdisk_dir = environ.get("RAMDISK_DIR", f"/dev/shm/comfy-endpoint-{worker_id}")
     settings = {
         "COMFYUI_PORT": str(free_port()),
-        "RAMDISK_DIR": f"/dev/shm/comfy-endpoint-{worker_id}",
+        "RAMDISK_DIR": ramdisk_dir,
         "WORKER_PYTHON": sys.executable,
     }
     if "COMFYUI_DIR" not in environ:
         settings |= {"COMFYUI_DIR": str(ROOT / "local" / "comfyui"), "COMFYUI_PYTHON": sys.executable}
     if not Path("/dev/nvidiactl").exists():
         settings["COMFYUI_ARGS"] = "--cpu"
-    return {**settings, **environ, **worker_environment(platform_url, ENDPOINT, api_key, worker_id)}
+    # The SDK prefers a key from ~/.runpod/config.toml to the one in its environment.
+    home = {"HOME": f"{ramdisk_dir}/user"}
+    return {**settings, **environ, **home, **worker_environment(platform_url, ENDPOINT, api_key, worker_id)}
 
 
-def start(command: list[str], environ: Mapping[str, str], stdout: int | None = None) -> subprocess.Popen[str]:
+def start(
+    command: list[str], environ: Mapping[str, str], log_file: IO[str], stdout: int | None = None
+) -> subprocess.Popen[str]:
     """A child in a session of its own, so that Ctrl-C reaches only us and we end it in order; it never outlives us."""
     libc = ctypes.CDLL(None)
     return subprocess.Popen(
@@ -107,7 +120,8 @@ def start(command: list[str], environ: Mapping[str, str], stdout: int | None = N
         cwd=ROOT,
         env=dict(environ),
         stdin=subprocess.DEVNULL,
-        stdout=stdout if stdout is not None else sys.stderr.fileno(),
+        stdout=log_file if stdout is None else stdout,
+        stderr=log_file,
         text=True,
         start_new_session=True,
         preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
@@ -115,23 +129,19 @@ def start(command: list[str], environ: Mapping[str, str], stdout: int | None = N
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """SIGTERM, which ends each of our programs in order; SIGKILL to its whole session where that takes too long."""
-    process.terminate()
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    """SIGTERM, with which a worker finishes its job; SIGINT where that takes long; SIGKILL where nothing helps."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+            return
 
 
 def run_command(stack: Stack, command: list[str], environ: Mapping[str, str]) -> int:
     """Run ``command`` against the stack; returns its exit code. Raises LocalError if the stack dies under it."""
     words = [word.replace("{url}", stack.api_url) for word in command]
-    client = subprocess.Popen(
-        words,
-        env={**environ, "RUNPOD_API_KEY": stack.api_key, "RUNPOD_ENDPOINT_ID": ENDPOINT},
-        stdin=subprocess.DEVNULL,
-    )
+    access = {"RUNPOD_API_KEY": stack.api_key, "RUNPOD_ENDPOINT_ID": ENDPOINT}
+    client = subprocess.Popen(words, env={**environ, **access}, stdin=subprocess.DEVNULL)
     try:
         while client.poll() is None:
             stack.raise_if_down()
@@ -171,9 +181,7 @@ def stay_up(stack: Stack) -> None:
 def main() -> int:
     """Returns the command's exit code, 0 after Ctrl-C, or 1 with one sentence on stderr."""
     parser = argparse.ArgumentParser(prog="python -m local", description="Run the whole stack on this machine.")
-    parser.add_argument(
-        "--platform-port", type=int, default=0, help="port of the RunPod stand-in (default: a free one)"
-    )
+    parser.add_argument("--platform-port", type=int, default=0, help="port of the RunPod API (default: a free one)")
     parser.add_argument("command", nargs="*", help="what to run against the stack; {url} is its base URL")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end in order, as after Ctrl-C

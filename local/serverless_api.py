@@ -57,7 +57,7 @@ class Status(StrEnum):
     CANCELLED = "CANCELLED"
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One job. Times are seconds of the platform's clock; `answer` is what its worker said: `output`, `error`, both."""
 

@@ -70,6 +70,15 @@ class Listener:
                 return message
         raise AssertionError(f"not received within {REPLY_TIMEOUT_S} s; got {self.messages}")
 
+    def close_and_drain(self) -> list[Message]:
+        """Close the session; all messages that it got before, read or not. Needs no waiting for silence: what was
+        sent to it comes before the answer to the close."""
+        self._socket.send_close()
+        while (frame := self._socket.recv_frame()).opcode != websocket.ABNF.OPCODE_CLOSE:
+            if frame.opcode == websocket.ABNF.OPCODE_TEXT:
+                self.messages.append(json.loads(frame.data))
+        return self.messages
+
     def read_to_end(self, prompt_id: str) -> list[Message]:
         """All messages so far, up to the `executing` without a node that ends a prompt."""
         self.read_until(lambda message: is_end(message, prompt_id))

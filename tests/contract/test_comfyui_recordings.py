@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from comfyui_client import ComfyUI, Message, capture, is_end, normal
+from comfyui_client import ComfyUI, Message, capture, empty, is_end, normal, save
 from PIL import Image
 
 # Recordings of one request each, that depend on no request before them.
@@ -32,7 +32,10 @@ SINGLE = [
 ]
 WITH_FEATURE_FLAGS = {"ok_save_image_websocket_featureflags", "ok_feature_flags_handshake"}
 # Each is the second run of the first one's workflow.
-REPEATED = [("ok_load_scale_invert", "ok_load_scale_invert_cached"), ("ok_own_prompt_id_again", "ok_own_prompt_id_same_wf")]
+REPEATED = [
+    ("ok_load_scale_invert", "ok_load_scale_invert_cached"),
+    ("ok_own_prompt_id_again", "ok_own_prompt_id_same_wf"),
+]
 
 
 @pytest.fixture
@@ -118,7 +121,7 @@ def test_a_recorded_invalid_request_is_refused_as_recorded(inputs: ComfyUI, name
     answer = inputs.post("/prompt", REFUSALS[name]["request"])
     expected = REFUSALS[name]["response"]
     is_json = answer.headers["Content-Type"].startswith("application/json")
-    body = answer.json() if is_json else answer.text
+    body: Any = answer.json() if is_json else answer.text
     if name in ANSWERED_200:
         for part in (body, expected["body"]):
             assert part.pop("prompt_id")
@@ -138,6 +141,17 @@ def test_of_a_partly_valid_workflow_the_good_branch_runs(inputs: ComfyUI) -> Non
         for _, data in entry["status"]["messages"]:
             assert data.pop("prompt_id")
     assert normal(run.history, {}) == normal(expected, {})
+
+
+def test_a_chain_of_600_nodes_runs(inputs: ComfyUI) -> None:
+    chain = {
+        str(number): {"class_type": "ImageInvert", "inputs": {"image": [str(number - 1), 0]}}
+        for number in range(2, 600)
+    }
+    workflow = {"1": empty(1, 1), **chain, "600": save("599")}
+    answer = inputs.post("/prompt", {"prompt": workflow, "client_id": "nobody listens"}).json()
+    inputs.wait_idle()
+    assert inputs.history(answer["prompt_id"])["status"]["status_str"] == "success"
 
 
 def test_wrong_methods_and_unknown_paths(comfyui: ComfyUI) -> None:

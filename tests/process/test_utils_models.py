@@ -371,8 +371,10 @@ def test_no_network_is_one_sentence_without_the_token(bench: Bench, monkeypatch:
         address = closed.url.removeprefix("http://")
     point_library_at(f"http://mirror:{MEMBER_TOKEN}@{address}", monkeypatch)
     entry = ModelEntry("org/name", None, "a.pth", bench.models / "vae/a.pth")
+    waits_s: list[float] = []
     with pytest.raises(ModelError) as caught:
-        download(entry, token=MEMBER_TOKEN, sleep=lambda _: None)
+        download(entry, token=MEMBER_TOKEN, sleep=waits_s.append)
+    assert tuple(waits_s) == METADATA_WAITS_S
     assert f"no connection to http://mirror:***@{address} (ConnectError: [Errno 111]" in str(caught.value)
     assert MEMBER_TOKEN not in str(caught.value)
 
@@ -407,8 +409,11 @@ def test_no_models_is_no_work(bench: Bench, arguments: list[str]) -> None:
     assert (run.code, run.stdout, run.stderr) == (ALL_THERE, "", "")
 
 
-def test_a_file_in_the_way_of_a_folder_is_one_sentence(bench: Bench) -> None:
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_file_in_the_way_of_a_folder_is_one_sentence(bench: Bench, cached: bool) -> None:
     bench.hub.add("org/name", {"a.pth": b"a"})
+    if cached:
+        bench.cache_on_host("org/name", "a.pth")
     bench.models.mkdir()
     (bench.models / "vae").write_text("a file")
     run = bench.utils("org/name:a.pth:vae")

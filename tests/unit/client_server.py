@@ -7,6 +7,10 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from hypothesis import HealthCheck, settings
+
+STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a slow machine decides no test
+
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 

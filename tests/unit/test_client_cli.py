@@ -101,6 +101,15 @@ def test_a_job_is_sent_as_agreed_and_its_picture_saved(folder: Folder) -> None:
     assert "delayTime: 12" in err
 
 
+def test_debug_tells_times_and_where_to_look(folder: Folder) -> None:
+    debug = {"prompt_id": "p-1", "files": ["/dev/shm/comfyui/output/a.png"]}
+    folder.server.script = completed({**SAVED, "timings_ms": {"run": 7.5}, "debug": debug})
+    told = {"timings_ms.run: 7.5", "debug.prompt_id: p-1", 'debug.files: ["/dev/shm/comfyui/output/a.png"]'}
+    assert told <= set(folder.job("--debug")[2].splitlines())
+    folder.server.script = completed({**SAVED, "timings_ms": {"run": 7.5}, "debug": debug})
+    assert not told & set(folder.job()[2].splitlines())
+
+
 def test_seeds_are_random_and_printed_unless_kept(folder: Folder) -> None:
     seeds = set()
     for _ in range(2):
@@ -230,6 +239,13 @@ def test_bad_input_ends_before_anything_is_sent(folder: Folder, arguments: list[
 def test_without_a_key_nothing_is_sent(folder: Folder) -> None:
     assert_one_error(folder.job(RUNPOD_API_KEY=""), client.ExitCode.BAD_INPUT, "RUNPOD_API_KEY")
     assert folder.server.requests == []
+
+
+def test_an_entry_in_netrc_does_not_replace_the_key(folder: Folder) -> None:
+    (folder.path / ".netrc").write_text("machine 127.0.0.1 login someone password else\n")
+    (folder.path / ".netrc").chmod(0o600)
+    assert folder.job(HOME=str(folder.path))[0] == client.ExitCode.SAVED
+    assert {authorization for _, _, authorization, _ in folder.server.requests} == {"Bearer secret"}
 
 
 def test_a_server_that_is_not_there_is_a_platform_failure(folder: Folder) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from client_server import DONE, QUEUED, Answer, Server, answer, cut, hang_up
+from client_server import DONE, QUEUED, STEADY, Answer, Server, answer, cut, hang_up
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,6 +87,7 @@ def test_submit_gives_up_at_the_deadline(server: Server, endpoint: client.Endpoi
         (answer(200, "<html>"), "not JSON"),
         (answer(200, [1]), "not an object"),
         (answer(200, {"status": "IN_QUEUE"}), "no id"),
+        (answer(200, {"id": "../../x\x1b[31m"}), "no id"),
         (answer(401, ""), "refused the key"),
         (answer(404, "<html>"), "there is no endpoint at"),
         (answer(400, "exceeded max body size of 10MiB"), "HTTP 400, exceeded max body size"),
@@ -221,6 +222,7 @@ SDK_ERROR = json.dumps({"error_type": "<class 'ValueError'>", "error_message": "
             r"failed: \[NO_OUTPUT\] Nothing\.$",
         ),
         ({"status": "FAILED", "error": "executionTimeout exceeded"}, client.JobTimedOut, "ran out of time"),
+        ({"status": "FAILED", "error": "[JOB_TIMEOUT] Too slow."}, client.JobTimedOut, "ran out of time"),
         ({"status": "TIMED_OUT"}, client.JobTimedOut, "ran out of time on RunPod$"),
         ({"status": "CANCELLED"}, client.JobFailed, "was cancelled$"),
     ],
@@ -238,6 +240,7 @@ JSON = st.recursive(
 UPDATES = st.dictionaries(st.sampled_from(["stage", "node", "node_class", "value", "max", "percent"]), JSON)
 
 
+@STEADY
 @given(
     st.fixed_dictionaries(
         {"status": st.sampled_from(["COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"])},
@@ -251,6 +254,7 @@ def test_any_final_answer_is_a_result_or_an_error_of_one_line(status: dict[str, 
         assert str(error).isprintable()
 
 
+@STEADY
 @given(st.fixed_dictionaries({"status": st.text()}, optional={"output": JSON | UPDATES}))
 def test_any_progress_update_is_one_printable_line(status: dict[str, Any]) -> None:
     text, percent = client.describe_progress(status)

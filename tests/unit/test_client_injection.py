@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from client_server import STEADY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,6 +42,7 @@ def test_node_ids_sort_as_a_person_reads_them() -> None:
         assert sorted(shuffled, key=client.natural_key) == ordered
 
 
+@STEADY
 @given(st.integers(min_value=0), st.integers(min_value=0))
 def test_numbers_in_node_ids_compare_as_numbers(a: int, b: int) -> None:
     assert (client.natural_key(str(a)) < client.natural_key(str(b))) == (a < b)
@@ -103,6 +105,7 @@ NODES = st.fixed_dictionaries(
 GRAPHS = st.dictionaries(IDS, NODES, min_size=1, max_size=6)
 
 
+@STEADY
 @given(JSON | GRAPHS | GRAPHS.map(lambda graph: {"input": {"workflow": graph}}))
 def test_any_json_gives_a_workflow_or_an_input_error(document: Any) -> None:
     try:
@@ -113,6 +116,7 @@ def test_any_json_gives_a_workflow_or_an_input_error(document: Any) -> None:
     assert all(client.is_node(node) for node in workflow.values())
 
 
+@STEADY
 @given(GRAPHS, st.lists(st.just("a.png"), max_size=3), st.sampled_from(["positive", "negative"]))
 def test_any_graph_gives_changes_to_unlinked_inputs_or_an_input_error(graph: Any, names: list[str], role: str) -> None:
     before = json.dumps(graph)
@@ -133,6 +137,7 @@ def test_any_graph_gives_changes_to_unlinked_inputs_or_an_input_error(graph: Any
     assert json.dumps(graph) == before
 
 
+@STEADY
 @given(GRAPHS, st.sampled_from(["positive", "negative"]))
 def test_in_any_graph_the_other_text_stays(graph: Any, role: str) -> None:
     others = client.encoders_reached(graph, client.OPPOSITE[role])
@@ -194,6 +199,20 @@ def test_controlnet_and_conditioning_nodes_keep_the_roles_apart() -> None:
         "9": node("ControlNetApplyAdvanced", positive=["8", 0], negative=["7", 0], image=["1", 0]),
         "10": node("Reroute", value=["9", 1]),
         "57:3": sampler("9", "10"),
+    }
+    assert planned(client.plan_text(workflow, "new")) == {"6.text": "new"}
+    assert planned(client.plan_text(workflow, "new", "negative")) == {"7.text": "new"}
+
+
+def test_the_picture_of_a_controlnet_brings_no_other_words() -> None:
+    workflow = {
+        **POSITIVE_AND_NEGATIVE,
+        "8": node("CLIPTextEncode", text="words of the picture"),
+        "9": node("BasicGuider", conditioning=["8", 0]),
+        "10": node("SamplerCustomAdvanced", guider=["9", 0]),
+        "11": node("ControlNetApplyAdvanced", positive=["6", 0], negative=["7", 0], image=["10", 0]),
+        "12": node("ControlNetApply", conditioning=["11", 0], image=["10", 0]),
+        "3": sampler("12", "11"),
     }
     assert planned(client.plan_text(workflow, "new")) == {"6.text": "new"}
     assert planned(client.plan_text(workflow, "new", "negative")) == {"7.text": "new"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_server import Server, answer, cut
+from client_server import STEADY, Server, answer, cut
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,6 +58,7 @@ def test_names_from_elsewhere_become_plain_file_names(name: object, safe: str) -
 AWKWARD = st.text(st.sampled_from("./\\a:\0 \u202e猫\ud800-~") | st.characters(), max_size=300)
 
 
+@STEADY
 @given(AWKWARD)
 def test_any_name_can_be_written_and_stays_in_its_folder(name: str) -> None:
     safe = client.safe_basename(name, fallback="image")
@@ -68,6 +69,7 @@ def test_any_name_can_be_written_and_stays_in_its_folder(name: str) -> None:
     assert len(safe.encode()) <= 220
 
 
+@STEADY
 @given(st.lists(st.sampled_from(["a.png", "A.png", "a_1.png", "a_2.png", "b", "b_1"]), max_size=8))
 def test_unique_names_are_unique_and_keep_the_first_as_it_is(names: list[str]) -> None:
     unique = client.unique_names(names)
@@ -90,6 +92,7 @@ def test_nothing_is_ever_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "a_3.png").read_bytes() == b"new"
 
 
+@STEADY
 @given(st.lists(st.tuples(AWKWARD, st.binary(min_size=1, max_size=4)), max_size=6))
 def test_any_names_keep_every_content(tmp_path_factory: pytest.TempPathFactory, items: list[tuple[str, bytes]]) -> None:
     directory = tmp_path_factory.mktemp("out")
@@ -198,6 +201,7 @@ JSON = st.recursive(
 ITEMS = st.dictionaries(st.sampled_from(["filename", "data", "size_bytes"]), JSON)
 
 
+@STEADY
 @given(st.dictionaries(st.sampled_from([*client.FILE_LISTS, "texts"]), st.lists(ITEMS | JSON, max_size=3) | JSON))
 def test_any_result_is_saved_or_told(tmp_path_factory: pytest.TempPathFactory, output: dict[str, Any]) -> None:
     directory = tmp_path_factory.mktemp("out")

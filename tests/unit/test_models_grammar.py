@@ -89,6 +89,7 @@ def test_an_entry_said_twice_is_one_entry() -> None:
         (":a.pth:vae", "RepoID ''"),
         ("org/name/more:a.pth:vae", "not of the form org/name"),
         ("../name:a.pth:vae", "not of the form org/name"),
+        ("org/na..me:a.pth:vae", "not of the form org/name"),
         ("org/na--me:a.pth:vae", "not of the form org/name"),
         ("org/name.git:a.pth:vae", "not of the form org/name"),
         ("org/name@:a.pth:vae", "empty part in its revision"),

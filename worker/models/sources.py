@@ -102,7 +102,7 @@ def find_flaw(path: Path) -> str | None:
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
-        if size_bytes < 8 or header_bytes > min(size_bytes - 8, SAFETENSORS_HEADER_LIMIT_BYTES):
+        if header_bytes > min(size_bytes - 8, SAFETENSORS_HEADER_LIMIT_BYTES):
             return f"ends within its header, at {size_bytes} bytes"
         try:
             data_bytes = _data_length(json.loads(file.read(header_bytes)))

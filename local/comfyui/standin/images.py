@@ -8,12 +8,16 @@ inverting 8-bit pixels, for one, is not 255 - v but 254 - v for 159 of the 256 v
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from PIL import Image, ImageFile, ImageOps, ImageSequence, UnidentifiedImageError
 
 Resampling = Image.Resampling
+Span = tuple[int, int]  # first index, index behind the last
+
+_INTERPOLATING = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}
 METHODS = ("nearest-exact", "bilinear", "area", "bicubic", "lanczos")
 
 
@@ -50,13 +54,16 @@ class Frame:
     def scaled(self, width: int, height: int, method: str) -> Frame:
         """The frame at another size, as torch's interpolate does it: `method` is one of METHODS.
 
-        lanczos works on 8-bit pixels in ComfyUI too and is equal; nearest-exact and area are equal but for the last
-        bit; bilinear has no antialiasing, as there; bicubic uses Pillow's kernel (a = -1), torch's is a = -0.75.
+        Equal to it for nearest-exact and lanczos (8-bit and Pillow's there, too), up to 1 of 255 for bilinear and area,
+        up to about 22 at sharp edges for bicubic: Pillow's kernel has a = -1, torch's a = -0.75.
         """
         if method == "lanczos":
             return Frame.from_pixels(self.to_pixels().resize((width, height), Resampling.LANCZOS))
-        scale = _area if method == "area" else _sampled
-        return Frame(tuple(scale(plane, width, height, method) for plane in self.planes))
+        if method in _INTERPOLATING:
+            return Frame(tuple(_sampled(plane, width, height, _INTERPOLATING[method]) for plane in self.planes))
+        spans = _touched if method == "area" else _nearest
+        columns, rows = spans(self.size[0], width), spans(self.size[1], height)
+        return Frame(tuple(_averaged(plane, columns, rows) for plane in self.planes))
 
 
 @dataclass(frozen=True)
@@ -135,29 +142,40 @@ def _linear(plane: Image.Image, factor: float, offset: float) -> Image.Image:
     return plane.point(lambda value: value * factor + offset)
 
 
-def _sampled(plane: Image.Image, width: int, height: int, method: str) -> Image.Image:
+def _sampled(plane: Image.Image, width: int, height: int, resampling: Resampling) -> Image.Image:
     """Every new pixel is read at its centre's place in the old picture; Pillow's resize would average first."""
-    filters = {"nearest-exact": Resampling.NEAREST, "bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}
     old_width, old_height = plane.size
     matrix = (old_width / width, 0, 0, 0, old_height / height, 0)
-    return plane.transform((width, height), Image.Transform.AFFINE, matrix, resample=filters[method])
+    return plane.transform((width, height), Image.Transform.AFFINE, matrix, resample=resampling)
 
 
-def _area(plane: Image.Image, width: int, height: int, _method: str) -> Image.Image:
-    """Adaptive average pooling: a new pixel is the plain mean of every old pixel that it touches."""
-    old_width, old_height = plane.size
-    narrow = Image.new("F", (width, old_height))
-    for x, (start, end) in enumerate(_windows(old_width, width)):
+def _averaged(plane: Image.Image, columns: list[Span], rows: list[Span]) -> Image.Image:
+    """One new pixel for every pair of spans: the plain mean of the old pixels in them."""
+    old_height = plane.size[1]
+    narrow = Image.new("F", (len(columns), old_height))
+    for x, (start, end) in enumerate(columns):
         narrow.paste(plane.resize((1, old_height), Resampling.BOX, (start, 0, end, old_height)), (x, 0))
-    result = Image.new("F", (width, height))
-    for y, (start, end) in enumerate(_windows(old_height, height)):
-        result.paste(narrow.resize((width, 1), Resampling.BOX, (0, start, width, end)), (0, y))
+    result = Image.new("F", (len(columns), len(rows)))
+    for y, (start, end) in enumerate(rows):
+        result.paste(narrow.resize((len(columns), 1), Resampling.BOX, (0, start, len(columns), end)), (0, y))
     return result
 
 
-def _windows(old: int, new: int) -> Iterator[tuple[int, int]]:
-    for index in range(new):
-        yield index * old // new, -(-(index + 1) * old // new)
+def _touched(old: int, new: int) -> list[Span]:
+    """For each of `new` pixels the old ones that it touches (torch's adaptive average pooling)."""
+    return [(index * old // new, -(-(index + 1) * old // new)) for index in range(new)]
+
+
+def _nearest(old: int, new: int) -> list[Span]:
+    """For each of `new` pixels the old one at its centre. In float32 as in torch, which decides ties."""
+    scale = _float32(old / new)
+    starts = [min(int(_float32((index + 0.5) * scale)), old - 1) for index in range(new)]
+    return [(start, start + 1) for start in starts]
+
+
+def _float32(value: float) -> float:
+    (rounded,) = struct.unpack("f", struct.pack("f", value))
+    return float(rounded)
 
 
 def _centre_box(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:

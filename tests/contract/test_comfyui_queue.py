@@ -1,0 +1,202 @@
+"""Queue, history, interrupts and reconnects."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import pytest
+from comfyui_client import ComfyUI, Listener, Message, Workflow, capture, empty, normal, save
+
+
+def slow(server: ComfyUI, seconds: float = 0.3, nodes: int = 6) -> Workflow:
+    """A chain of slow nodes: about `seconds` each on the stand-in; real ComfyUI blurs instead."""
+    is_standin = server.get("/system_stats").json()["system"].get("stand_in", False)
+    side = 8 if is_standin else 640
+    workflow = {"1": empty(side, side, color=uuid.uuid4().int % 0xFFFFFF)}
+    for number in range(2, 2 + nodes):
+        if is_standin:
+            inputs: dict[str, Any] = {"image": [str(number - 1), 0], "seconds": seconds, "steps": 5}
+        else:
+            inputs = {"image": [str(number - 1), 0], "blur_radius": 31, "sigma": 5.0}
+        workflow[str(number)] = {"class_type": "StandinSleep" if is_standin else "ImageBlur", "inputs": inputs}
+    workflow["9"] = save(str(nodes + 1), "slow")
+    return workflow
+
+
+def post(server: ComfyUI, workflow: Workflow, client_id: str, **more: Any) -> str:
+    answer = server.post("/prompt", {"prompt": workflow, "client_id": client_id, **more})
+    assert answer.status_code == 200, answer.text
+    prompt_id: str = answer.json()["prompt_id"]
+    return prompt_id
+
+
+def start_slow(server: ComfyUI, listener: Listener, client_id: str, **how: Any) -> str:
+    """Post a slow workflow and return once one of its slow nodes runs."""
+    prompt_id = post(server, slow(server, **how), client_id)
+    listener.read_until(lambda message: message.get("type") == "executing" and message["data"]["node"] == "2")
+    return prompt_id
+
+
+def quick(color: int = 1) -> Workflow:
+    return {"1": empty(color=color), "2": save("1", "quick")}
+
+
+def tail(messages: list[Message], prompt_id: str) -> Any:
+    """The three messages that end an interrupted prompt, without the place where it was caught."""
+    last = normal(messages[-3:], {prompt_id: "<prompt>"})
+    for key in ("node_id", "node_type", "executed"):
+        assert last[0]["data"].pop(key)
+    return last
+
+
+@pytest.mark.parametrize("form", ["prompt_id", "empty_json", "no_body", "not_json"])
+def test_an_interrupt_ends_the_running_prompt_as_recorded(fresh: ComfyUI, form: str) -> None:
+    recording = capture(f"interrupt_{form}")
+    with fresh.listen("me") as listener:
+        prompt_id = start_slow(fresh, listener, "me")
+        body = {"prompt_id": {"prompt_id": prompt_id}, "empty_json": {}, "no_body": "", "not_json": "{nope"}[form]
+        answer = fresh.post("/interrupt", body)
+        listener.read_to_end(prompt_id)
+    assert (answer.status_code, answer.text) == (200, recording["interrupt_response"]["body"])
+    expected = [item["msg"] for item in recording["ws"]]
+    assert tail(listener.messages, prompt_id) == tail(expected, recording["prompt_id"])
+    status = fresh.history(prompt_id)["status"]
+    assert (status["status_str"], status["completed"]) == ("error", False)
+    assert status["messages"][-1][0] == "execution_interrupted"
+
+
+def test_an_interrupt_for_another_prompt_changes_nothing(fresh: ComfyUI) -> None:
+    with fresh.listen("me") as listener:
+        prompt_id = start_slow(fresh, listener, "me", seconds=0.05, nodes=3)
+        assert fresh.post("/interrupt", {"prompt_id": "another"}).status_code == 200
+        listener.read_to_end(prompt_id)
+    assert fresh.history(prompt_id)["status"]["status_str"] == "success"
+
+
+def test_an_interrupt_while_idle_is_lost(fresh: ComfyUI) -> None:
+    assert fresh.post("/interrupt", {}).status_code == 200
+    assert fresh.run(quick()).history["status"]["status_str"] == "success"
+
+
+def test_an_interrupt_does_not_reach_a_waiting_prompt(fresh: ComfyUI) -> None:
+    with fresh.listen("me") as listener:
+        first = start_slow(fresh, listener, "me", seconds=0.05, nodes=3)
+        second = post(fresh, quick(), "me")
+        assert fresh.post("/interrupt", {"prompt_id": second}).status_code == 200
+        listener.read_to_end(first)
+        listener.read_to_end(second)
+    assert [fresh.history(name)["status"]["status_str"] for name in (first, second)] == ["success", "success"]
+
+
+def test_a_deleted_waiting_prompt_leaves_no_trace(fresh: ComfyUI) -> None:
+    with fresh.listen("me") as listener:
+        first = start_slow(fresh, listener, "me", seconds=0.1, nodes=3)
+        second, third = post(fresh, quick(1), "me"), post(fresh, quick(2), "me")
+        answer = fresh.post("/queue", {"delete": [second]})
+        assert (answer.status_code, answer.text) == (200, "")
+        fresh.post("/queue", {"delete": [first, "unknown"]})  # neither waits: no effect
+        queue = fresh.get("/queue").json()
+        assert [[item[1] for item in queue[key]] for key in ("queue_running", "queue_pending")] == [[first], [third]]
+        listener.read_to_end(third)
+    assert fresh.history(second) == {}
+    assert not [message for message in listener.messages if message.get("data", {}).get("prompt_id") == second]
+    assert fresh.history(first)["status"]["status_str"] == "success"
+
+
+def test_clearing_the_queue_leaves_what_runs(fresh: ComfyUI) -> None:
+    with fresh.listen("me") as listener:
+        first = start_slow(fresh, listener, "me", seconds=0.05, nodes=3)
+        post(fresh, quick(), "me")
+        assert fresh.post("/queue", {"clear": True}).status_code == 200
+        assert fresh.get("/queue").json()["queue_pending"] == []
+        listener.read_to_end(first)
+    assert fresh.get("/history").json().keys() == {first}
+
+
+def test_the_lowest_number_runs_first(fresh: ComfyUI) -> None:
+    with fresh.listen("me") as listener:
+        start_slow(fresh, listener, "me", seconds=0.05, nodes=2)
+        late, middle = post(fresh, quick(1), "me"), post(fresh, quick(2), "me", front=True)
+        early = post(fresh, quick(3), "me", number=-1e9)
+        listener.read_to_end(late)
+    started = [message["data"]["prompt_id"] for message in listener.messages if message["type"] == "execution_start"]
+    assert started[1:] == [early, middle, late]
+
+
+def test_a_queue_entry_has_the_recorded_form(fresh: ComfyUI) -> None:
+    recorded = capture("queue_ops")["queue_before"]["queue_running"][0]
+    with fresh.listen("me") as listener:
+        prompt_id = start_slow(fresh, listener, "me", seconds=0.05, nodes=2)
+        (entry,) = fresh.get("/queue").json()["queue_running"]
+        listener.read_to_end(prompt_id)
+    assert len(entry) == len(recorded)
+    assert (entry[1], entry[3].keys(), entry[4]) == (prompt_id, recorded[3].keys(), ["9"])
+
+
+@pytest.mark.parametrize("path", ["/queue", "/history", "/free"])
+def test_a_body_that_is_not_json_is_answered_500_as_text(comfyui: ComfyUI, path: str) -> None:
+    expected = capture("queue_ops")["bad"]["not_json"]
+    answer = comfyui.post(path, "{nope")
+    got = {"status": answer.status_code, "content_type": answer.headers["Content-Type"], "body": answer.text}
+    assert got == expected
+
+
+def test_the_history_can_be_listed_deleted_and_cleared(fresh: ComfyUI) -> None:
+    ids = [fresh.run(quick(color)).prompt_id for color in range(4)]
+
+    def listed(query: str = "") -> list[str]:
+        return list(fresh.get(f"/history{query}").json())
+
+    assert listed() == ids
+    assert listed("?max_items=2") == ids[2:]
+    assert listed("?max_items=2&offset=1") == ids[1:3]
+    assert listed("?offset=3") == ids[3:]
+    assert fresh.get("/history?max_items=x").status_code == 500
+    assert fresh.post("/history", {"delete": [ids[0], "unknown"]}).text == ""
+    assert listed() == ids[1:]
+    assert fresh.get(f"/history/{ids[0]}").json() == {}
+    fresh.post("/history", {"clear": True})
+    assert listed() == []
+
+
+def test_after_a_reconnect_comes_the_running_node_without_a_prompt_id(fresh: ComfyUI) -> None:
+    with fresh.listen("me") as listener:
+        prompt_id = start_slow(fresh, listener, "me", seconds=0.2, nodes=3)
+    with Listener(fresh.base_url, "me") as listener:
+        greeting, node = listener.next(), listener.next()
+        listener.read_to_end(prompt_id)
+    assert greeting["data"] == {"status": {"exec_info": {"queue_remaining": 1}}, "sid": "me"}
+    assert node["type"] == "executing"
+    assert node["data"].keys() == {"node"}
+    recorded = [item["msg"] for item in capture("reconnect_old_closed_before")["ws_second"] if item["kind"] == "text"]
+    assert [message["type"] for message in recorded[:2]] == [greeting["type"], node["type"]]
+    assert recorded[1]["data"].keys() == node["data"].keys()
+
+
+def test_a_second_socket_of_a_client_goes_silent_when_the_first_closes(fresh: ComfyUI) -> None:
+    with fresh.listen("me") as first, fresh.listen("me") as second:
+        assert [message["type"] for message in first.close_and_drain()] == ["status"]
+        prompt_id = post(fresh, quick(), "me")
+        fresh.wait_idle()
+        assert fresh.history(prompt_id)["status"]["status_str"] == "success"
+        assert [message["type"] for message in second.close_and_drain()] == ["status"]
+
+
+def test_only_the_client_of_a_prompt_hears_about_its_nodes(fresh: ComfyUI) -> None:
+    with fresh.listen("witness") as witness:
+        run = fresh.run(quick(), client_id="me")
+        heard = [message["type"] for message in witness.close_and_drain()]
+    assert {"execution_start", "executing", "executed", "execution_success"} <= set(run.types)
+    assert set(heard) == {"status"}
+
+
+def test_steps_of_a_slow_node_are_reported_and_interrupts_act_between_them(fresh: ComfyUI, standin_only: None) -> None:
+    sleep = {"class_type": "StandinSleep", "inputs": {"image": ["1", 0], "seconds": 600.0, "steps": 6000}}
+    with fresh.listen("me") as listener:
+        prompt_id = post(fresh, {"1": empty(), "2": sleep, "3": save("2")}, "me")
+        step = listener.read_until(lambda message: message.get("type") == "progress")
+        fresh.post("/interrupt", {"prompt_id": prompt_id})
+        listener.read_to_end(prompt_id)
+    assert step["data"] == {"value": 1, "max": 6000, "prompt_id": prompt_id, "node": "2"}
+    assert fresh.history(prompt_id)["status"]["messages"][-1][1]["node_id"] == "2"

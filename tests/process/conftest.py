@@ -1,0 +1,210 @@
+"""The whole product as real processes: client.py, the RunPod stand-in, the SDK's loop, start.sh, ComfyUI's stand-in.
+
+One stack is booted for all the tests that leave it as they found it; the others boot their own with `boot`.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+from local.__main__ import Stack, running_stack, wait_until_up
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE_S = 30.0
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = DEADLINE_S) -> Any:
+    """The first true value of ``condition``; fails with ``what`` after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    pytest.fail(f"did not happen within {timeout_s:g} s: {what}")
+
+
+class Driver:
+    """A running stack and what a test asks of it."""
+
+    def __init__(self, stack: Stack, log_path: Path) -> None:
+        self.stack = stack
+        self.log_path = log_path
+        self.ramdisk = Path(stack.settings["RAMDISK_DIR"])
+
+    # --- the RunPod API ---
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"{self.stack.api_url}/local/{path}",
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Authorization": f"Bearer {self.stack.api_key}", "Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
+            return json.load(answer)
+
+    def start_job(self, job_input: Any) -> str:
+        return str(self.call("POST", "run", {"input": job_input})["id"])
+
+    def status(self, job_id: str) -> dict[str, Any]:
+        return self.call("GET", f"status/{job_id}")
+
+    def finish(self, job_id: str) -> dict[str, Any]:
+        """The job's last status body."""
+
+        def final() -> dict[str, Any] | None:
+            body = self.status(job_id)
+            return body if body["status"] not in ("IN_QUEUE", "IN_PROGRESS") else None
+
+        return wait_until(final, f"job {job_id} ends")
+
+    def run(self, job_input: Any) -> dict[str, Any]:
+        return self.finish(self.start_job(job_input))
+
+    # --- ComfyUI and the RAM disk ---
+
+    def comfyui(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self.stack.comfyui_url}{path}", timeout=DEADLINE_S) as answer:
+            return json.load(answer)
+
+    def post_comfyui(self, path: str, body: dict[str, Any]) -> None:
+        url = f"{self.stack.comfyui_url}{path}"
+        headers = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)) as answer:
+            assert answer.status == 200
+
+    def comfyui_answers(self) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(self.comfyui("/system_stats"))
+        return False
+
+    def comfyui_runs(self) -> bool:
+        return bool(self.comfyui("/queue")["queue_running"])
+
+    def comfyui_is_idle(self) -> bool:
+        queue = self.comfyui("/queue")
+        return not queue["queue_running"] and not queue["queue_pending"]
+
+    def job_files(self) -> list[Path]:
+        """Every file of a job on the RAM disk."""
+        folders = [self.ramdisk / name for name in ("input", "output", "temp")]
+        return sorted(path for folder in folders for path in folder.rglob("*") if not path.is_dir())
+
+    def own_pids(self) -> list[int]:
+        """Every living process that this stack's start.sh has started."""
+        mark = f"RAMDISK_DIR={self.ramdisk}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+        return found
+
+    def pid_of(self, program: str) -> int:
+        """The process of this stack whose command line has ``program``; the oldest, where it has forked."""
+        for pid in sorted(self.own_pids()):
+            if program.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                return pid
+        pytest.fail(f"no process runs {program}")
+
+    def comfyui_pid(self) -> int:
+        return int((self.ramdisk / "run" / "comfyui").read_text().split()[0])
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    # --- client.py ---
+
+    def client_command(self, *arguments: str | Path) -> list[str]:
+        return [sys.executable, str(ROOT / "client.py"), "--url", self.stack.api_url, *map(str, arguments)]
+
+    def client_environ(self) -> dict[str, str]:
+        return {**os.environ, "RUNPOD_API_KEY": self.stack.api_key, "RUNPOD_ENDPOINT_ID": "local"}
+
+    def client(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.client_command(*arguments),
+            env=self.client_environ(),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+
+
+@contextlib.contextmanager
+def boot(log_path: Path, **settings: str) -> Iterator[Driver]:
+    """A stack of its own, up and polling for jobs."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("RUNPOD_", "COMFYUI_"))}
+    with log_path.open("w") as log_file, running_stack({**environ, **settings}, log_file=log_file) as stack:
+        wait_until_up(stack)
+        driver = Driver(stack, log_path)
+        wait_until(lambda: driver.call("GET", "health")["workers"]["idle"], "the worker asks for jobs")
+        yield driver
+
+
+@pytest.fixture(scope="session")
+def shared_driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    with boot(tmp_path_factory.mktemp("stack") / "log") as driver:
+        yield driver
+
+
+@pytest.fixture
+def driver(shared_driver: Driver) -> Iterator[Driver]:
+    """The shared stack; every test must leave it empty."""
+    yield shared_driver
+    wait_until(shared_driver.comfyui_is_idle, "ComfyUI is idle after the test")
+
+
+# --- pictures and workflows ---
+
+
+def picture_bytes(width: int = 64, height: int = 48, color: str = "orange") -> bytes:
+    """A small PNG that is not of one colour."""
+    image = Image.new("RGB", (width, height), color)
+    ImageDraw.Draw(image).ellipse((4, 4, width // 2, height // 2), fill="navy")
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def base64_of(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def image_of(item: dict[str, Any]) -> Image.Image:
+    """The picture in an item of a result."""
+    return Image.open(io.BytesIO(base64.b64decode(item["data"]))).convert("RGB")
+
+
+def invert_workflow(image: str = "a.png", prefix: str = "inverted") -> dict[str, Any]:
+    return {
+        "1": {"class_type": "LoadImage", "inputs": {"image": image}},
+        "2": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": prefix}},
+    }
+
+
+def invert_job(**extra: Any) -> dict[str, Any]:
+    return {"workflow": invert_workflow(), "images": {"a.png": base64_of(picture_bytes())}, **extra}
+
+
+def sleep_workflow(seconds: float, steps: int = 50) -> dict[str, Any]:
+    """A run that takes ``seconds`` and can be interrupted at each of its ``steps``."""
+    return {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 16, "height": 16, "batch_size": 1, "color": 255}},
+        "2": {"class_type": "StandinSleep", "inputs": {"image": ["1", 0], "seconds": seconds, "steps": steps}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "slept"}},
+    }

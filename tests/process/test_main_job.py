@@ -1,0 +1,196 @@
+"""The product's main job, end to end, and what a job leaves behind: nothing."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageChops, ImageOps
+
+from tests.process.conftest import (
+    ROOT,
+    Driver,
+    base64_of,
+    image_of,
+    invert_job,
+    invert_workflow,
+    picture_bytes,
+    sleep_workflow,
+    wait_until,
+)
+
+PHOTOS = ROOT / "workflows" / "photos"
+
+
+def largest_difference(left: Image.Image, right: Image.Image) -> int:
+    """Per channel, 0 to 255."""
+    assert left.size == right.size
+    return max(high for _, high in ImageChops.difference(left, right).getextrema())
+
+
+def saved_pictures(directory: Path) -> list[Image.Image]:
+    return [Image.open(path).convert("RGB") for path in sorted(directory.iterdir())]
+
+
+def test_the_demo_picture_is_the_photograph_as_plain_pillow_processes_it(driver: Driver, tmp_path: Path) -> None:
+    photograph = Image.open(PHOTOS / "coffee.jpg").convert("RGB")
+    cropped = photograph.crop((120, 40, 520, 340)).resize((640, 480), Image.Resampling.LANCZOS)
+    finished = driver.client(
+        *("--workflow", ROOT / "workflows/one_image.json", "--img", PHOTOS / "coffee.jpg", "--out", tmp_path)
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert [Path(line) for line in finished.stdout.splitlines()] == list(tmp_path.iterdir())
+    (picture,) = saved_pictures(tmp_path)
+    # ComfyUI truncates 255 * (1 - v / 255) in float32, so a level may be one lower than Pillow's.
+    assert largest_difference(picture, ImageOps.invert(cropped)) <= 1
+    assert largest_difference(picture, cropped) > 200
+
+
+def test_two_images_reach_the_loaders_in_node_order(driver: Driver, tmp_path: Path) -> None:
+    coffee, cat = PHOTOS / "coffee.jpg", PHOTOS / "cat.png"
+    finished = driver.client(
+        *("--workflow", ROOT / "workflows/two_images.json", "--img", coffee, cat, "--out", tmp_path)
+    )
+    assert finished.returncode == 0, finished.stderr
+    size = (384, 256)
+    first = Image.open(coffee).convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    # 451 x 300 is a pixel wider than 3 : 2 on either side, as ComfyUI's crop "center" rounds it.
+    second = Image.open(cat).convert("RGB").crop((1, 0, 450, 300)).resize(size, Image.Resampling.LANCZOS)
+    expected = [first, ImageOps.invert(second)]
+    pictures = saved_pictures(tmp_path)
+    assert len(pictures) == 2
+    for picture, oracle in zip(pictures, expected, strict=True):  # their prefixes, "first" and "second", sort so
+        assert largest_difference(picture, oracle) <= 1
+
+
+def test_a_batch_gives_all_its_pictures(driver: Driver, tmp_path: Path) -> None:
+    finished = driver.client(
+        *("--workflow", ROOT / "workflows/batch.json", "--img", PHOTOS / "coffee.jpg", "--out", tmp_path)
+    )
+    assert finished.returncode == 0, finished.stderr
+    pictures = saved_pictures(tmp_path)
+    assert len(pictures) == 3
+    assert largest_difference(pictures[0], pictures[1]) > 100
+
+
+def test_the_same_job_word_for_word_gives_its_picture_both_times(driver: Driver) -> None:
+    job = invert_job()
+    answers = [driver.run(job) for _ in range(2)]
+    expected = ImageOps.invert(image_of({"data": job["images"]["a.png"]}))
+    for answer in answers:
+        assert answer["status"] == "COMPLETED", answer
+        (item,) = answer["output"]["images"]
+        assert largest_difference(image_of(item), expected) <= 1
+
+
+def test_three_jobs_leave_the_ram_disk_and_the_history_empty(driver: Driver) -> None:
+    for job in (invert_job(), invert_job(), {"workflow": {"1": {"class_type": "NoSuchNode", "inputs": {}}}}):
+        driver.run(job)
+    assert driver.job_files() == []
+    assert driver.comfyui("/history") == {}
+    assert (driver.ramdisk / "run" / "comfyui.log").read_bytes() == b""
+
+
+def test_both_request_forms_give_the_same_picture(driver: Driver) -> None:
+    content = base64_of(picture_bytes())
+    ours = driver.run({"workflow": invert_workflow(), "images": {"a.png": content}})
+    theirs = driver.run(
+        {
+            "workflow": invert_workflow(),
+            "images": [{"name": "a.png", "image": f"data:image/png;base64,{content}"}],
+        }
+    )
+    pictures = [image_of(answer["output"]["images"][0]) for answer in (ours, theirs)]
+    assert largest_difference(*pictures) == 0
+
+
+def test_an_item_tells_all_that_the_contract_promises(driver: Driver) -> None:
+    result = driver.run(invert_job(unknown=1))["output"]
+    (item,) = result["images"]
+    assert (item["filename"], item["type"], item["media_type"]) == ("inverted_00001_.png", "base64", "image/png")
+    assert (item["node_id"], item["subfolder"]) == ("3", "")
+    assert item["size_bytes"] == len(item["data"]) * 3 // 4 - item["data"].count("=")
+    assert result["status"] == "success"
+    assert ["unknown" in warning for warning in result["warnings"]] == [True]
+    assert set(result["timings_ms"]) == {"parse", "clear", "write", "run", "collect", "wipe"}
+
+
+def test_debug_keeps_the_files_and_says_where_until_the_next_job_overwrites_them(driver: Driver) -> None:
+    result = driver.run(invert_job(debug=True))["output"]
+    kept = [Path(path) for path in result["debug"]["files"]]
+    assert kept == [driver.ramdisk / "input/a.png", driver.ramdisk / "output/inverted_00001_.png"]
+    held = {path: os.open(path, os.O_RDONLY) for path in kept}
+    try:
+        sizes = {path: os.fstat(fd).st_size for path, fd in held.items()}
+        assert all(os.pread(fd, 8, 0) == b"\x89PNG\r\n\x1a\n" for fd in held.values())
+        driver.run(invert_job())
+        for path, fd in held.items():  # the inode outlives its name: what it holds now is what a thief would find
+            assert not path.exists()
+            assert os.pread(fd, sizes[path] + 1, 0) == bytes(sizes[path])
+    finally:
+        for fd in held.values():
+            os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("job", "code", "said"),
+    [
+        ({"workflow": {"nodes": [], "links": []}}, "WORKFLOW_INVALID", "Export (API)"),
+        ({"workflow": {"1": {"class_type": "Nope", "inputs": {}}}}, "PROMPT_REJECTED", "Nope"),
+        (
+            {
+                "workflow": {
+                    "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
+                    "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "../../out"}},
+                }
+            },
+            "EXECUTION_FAILED",
+            "Node 2 (SaveImage)",
+        ),
+        (invert_job(images={"a.png": base64_of(picture_bytes()[:-9])}), "MEDIA_INVALID", "cut short"),
+        ({"workflow": invert_workflow("missing.png")}, "PROMPT_REJECTED", "missing.png"),
+        (
+            {"workflow": {"1": {"class_type": "EmptyImage", "inputs": {}}}},
+            "PROMPT_REJECTED",
+            "no outputs",
+        ),
+    ],
+)
+def test_a_job_that_cannot_run_says_why_and_the_next_one_runs(
+    driver: Driver, job: dict[str, Any], code: str, said: str
+) -> None:
+    answer = driver.run(job)
+    assert answer["status"] == "FAILED"
+    assert answer["output"]["error_code"] == code
+    assert answer["error"].startswith(f"[{code}] ")
+    assert said in answer["error"]
+    assert driver.job_files() == []
+    assert driver.run(invert_job())["status"] == "COMPLETED"
+
+
+def test_progress_arrives_while_the_job_runs_and_never_after(driver: Driver) -> None:
+    job_id = driver.start_job({"workflow": sleep_workflow(2.5)})
+
+    def progress() -> Any:
+        body = driver.status(job_id)
+        return body.get("output") if body["status"] == "IN_PROGRESS" else None
+
+    seen = wait_until(progress, "a progress update")
+    assert seen["stage"] == "running"
+    assert seen["node_class"] == "StandinSleep"
+    assert 0 < seen["value"] <= seen["max"] == 50
+    assert driver.finish(job_id)["output"]["status"] == "success"
+    assert driver.status(job_id)["status"] == "COMPLETED"
+
+
+def test_neither_prompt_text_nor_pictures_nor_keys_reach_a_log(driver: Driver) -> None:
+    marker = "xyzzy-secret-marker"
+    workflow = invert_workflow(prefix=marker)
+    workflow["3"]["inputs"]["filename_prefix"] = f"../../{marker}/x"  # fails in the node, with the value
+    picture = base64_of(picture_bytes())
+    for extra in ({}, {"debug": True}):
+        answer = driver.run({"workflow": workflow, "images": {"a.png": picture}, "comfy_org_api_key": marker, **extra})
+        assert marker in answer["error"] + str(answer["output"])  # the caller is told
+    assert driver.run({"workflow": {"1": {"class_type": marker, "inputs": {"text": marker}}}})["status"] == "FAILED"
+    assert marker not in driver.log()
+    assert picture[:64] not in driver.log()
