@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TextIO, TypeGuard
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     import requests
@@ -710,17 +710,16 @@ def _download(url: str) -> Iterator[bytes]:
     import requests
 
     deadline = time.monotonic() + DOWNLOAD_LIMIT_S
-    host = one_line(urlsplit(url).hostname, 100)
     try:
         with requests.get(url, stream=True, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S)) as response:
             if response.status_code != 200:
-                raise PlatformError(f"its download from {host} gave HTTP {response.status_code}")
+                raise PlatformError(f"its download gave HTTP {response.status_code}")
             for chunk in response.iter_content(1 << 20):
                 if time.monotonic() > deadline:
-                    raise PlatformError(f"its download from {host} took more than {DOWNLOAD_LIMIT_S} s")
+                    raise PlatformError(f"its download took more than {DOWNLOAD_LIMIT_S} s")
                 yield chunk
-    except requests.RequestException as error:
-        raise PlatformError(f"its download from {host} failed: {network_reason(error)}") from error
+    except (requests.RequestException, ValueError) as error:  # ValueError: a URL that cannot be taken apart
+        raise PlatformError(f"its download failed: {network_reason(error)}") from error
 
 
 def _checked(chunks: Iterable[bytes], size_bytes: object) -> Iterator[bytes]:

@@ -163,7 +163,9 @@ def test_a_download_goes_without_the_key(tmp_path: Path, server: Server) -> None
         ({"filename": "b.png", "data": "abc"}, "not Base64"),
         ({"filename": "b.png", "data": "data:image/png;base64,"}, "it has 0 bytes"),
         ({"filename": "b.png", "data": encoded(b"short"), "size_bytes": 99}, "it has 5 bytes instead of 99"),
-        ({"filename": "b.png", "type": "s3_url", "data": "file:///etc/passwd"}, "failed"),
+        ({"filename": "b.png", "type": "s3_url", "data": "file:///etc/passwd"}, "download failed"),
+        ({"filename": "b.png", "data": "http://[::1"}, "download failed"),
+        ({"filename": "b.png", "data": "https://.."}, "download failed"),
     ],
 )
 def test_a_broken_item_fails_loudly_and_the_others_are_kept(tmp_path: Path, item: Any, message: str) -> None:

@@ -1,0 +1,90 @@
+"""Take out one safeguard at a time, in a copy of the tree: a test must turn red each time.
+
+    make mutants                 all of them
+    python -m tests.mutants wipe those whose name contains "wipe"
+
+A mutant that survives means that the tests would not notice if somebody removed that safeguard. Exit code 1 then.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS_FAILED = 1  # pytest's exit code; 2 to 5 mean that the tests could not run at all
+
+
+class Mutant(NamedTuple):
+    """Replacing ``old`` by ``new``, once, in ``file`` must fail ``tests`` (pytest arguments)."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MAIN = "tests/process/test_main_job.py"
+STOPPING = "tests/process/test_stopping.py"
+
+MUTANTS = [
+    Mutant("nonce", "worker/follow.py", ", NONCE_INPUT: nonce}", "}", f"{MAIN} -k word_for_word"),
+    Mutant("fsync", "worker/ramdisk.py", "os.fsync(stream.fileno())", "pass", "tests/process/test_write_order.py tests/unit/test_ramdisk.py"),
+    Mutant("rename", "worker/ramdisk.py", 'f".{secrets.token_hex(8)}.part"', "leaf", "tests/process/test_write_order.py tests/unit/test_ramdisk.py"),
+    Mutant("wipe: zeros", "worker/ramdisk.py", "overwrite_with_zeros(entry.name, directory_fd)", "pass", f"{MAIN} -k debug_keeps"),
+    Mutant("wipe: after the job", "rp_handler.py", 'with steps("wipe"):\n                    self._wipe()', "pass", f"{MAIN} -k three_jobs"),
+    Mutant("wipe: before the job", "rp_handler.py", "self.ramdisk.wipe()\n        with self._wiped", "pass\n        with self._wiped", f"{MAIN} -k debug_keeps"),
+    Mutant("wipe: the log", "worker/process.py", "os.truncate(self._log_path, 0)", "pass", f"{MAIN} -k three_jobs"),
+    Mutant("status is read", "worker/follow.py", '_raise_if_failed(record.get("status") or {})', "pass", f"{MAIN} -k cannot_run"),
+    Mutant("history is deleted", "worker/follow.py", "self._comfyui.forget(prompt_id)", "pass", f"{MAIN} -k three_jobs"),
+    Mutant("history retries", "worker/follow.py", "HISTORY_WAITS_S = (0.010, 0.050, 0.250, 1.250, 6.250)", "HISTORY_WAITS_S = ()", "tests/unit/test_follow.py"),
+    Mutant("deadline and cancellation", "worker/follow.py", "self._control.check()\n            message", "message", f"{STOPPING} -k own_deadline"),
+    Mutant("interrupt", "worker/follow.py", "self._stop()\n            raise", "raise", f"{STOPPING} -k own_deadline"),
+    Mutant("shielded thread", "rp_handler.py", "control.cancel()", "pass", f"{STOPPING} -k cancelled_job"),
+    Mutant("crash is seen", "worker/follow.py", "self._comfyui.raise_if_dead()", "pass", f"{STOPPING} -k ends_a_comfyui"),
+    Mutant("queue is cleared", "rp_handler.py", "self.comfyui.clear_queue(self.config.interrupt_grace_s)", "pass", f"{STOPPING} -k leftover"),
+    Mutant("SIGTERM while idle", "rp_handler.py", "number, self.leave)", "number, lambda: None)", f"{STOPPING} -k idle_worker"),
+    Mutant("progress", "rp_handler.py", "self._newest = progress", "pass", f"{MAIN} -k progress"),
+    Mutant("size limit", "worker/outputs.py", "_check_size(lists, limit_bytes)", "pass", "tests/unit/test_outputs.py"),
+    Mutant("input check", "worker/payload.py", "check_image(image.name, image.data)", "pass", f"{MAIN} -k cannot_run"),
+    Mutant("secrets stay out of ComfyUI", "start.sh", '        unset "${!RUNPOD_@}"', '        : "${!RUNPOD_@}"', "tests/process/test_start_sh.py -k secret"),
+    Mutant("checkout unchanged", "start.sh", "PYTHONDONTWRITEBYTECODE=1", "NOTHING=1", "tests/process/test_start_sh.py -k byte_identical"),
+    Mutant("wiped at the start", "start.sh", "        wipe_ramdisk || die", "        true || die", f"{STOPPING} -k killed_worker"),
+]  # fmt: skip
+
+
+def is_killed(mutant: Mutant, copy: Path) -> bool:
+    """Whether the tests notice. Raises AssertionError where the mutant or its tests no longer fit the tree."""
+    target = copy / mutant.file
+    original = target.read_text()
+    assert original.count(mutant.old) == 1, f"{mutant.name}: the text stands {original.count(mutant.old)} times"
+    target.write_text(original.replace(mutant.old, mutant.new))
+    try:
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests.split(" ", 2)]
+        finished = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300, check=False)
+    finally:
+        target.write_text(original)
+    assert finished.returncode in (0, TESTS_FAILED), f"{mutant.name}: the tests did not run:\n{finished.stdout}"
+    return finished.returncode == TESTS_FAILED
+
+
+def main() -> int:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "tree"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "output", "__pycache__", ".*_cache"))
+        for mutant in MUTANTS:
+            if wanted in mutant.name:
+                killed = is_killed(mutant, copy)
+                survivors += not killed
+                print(f"{'red' if killed else 'SURVIVED':9} {mutant.name} ({mutant.file})", flush=True)
+    print(f"{survivors} survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
