@@ -56,33 +56,41 @@ MUTANTS = [
 ]  # fmt: skip
 
 
+def run_tests(tests: str, copy: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+    return subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300, check=False)
+
+
 def is_killed(mutant: Mutant, copy: Path) -> bool:
-    """Whether the tests notice. Raises AssertionError where the mutant or its tests no longer fit the tree."""
+    """Whether the tests notice. Raises ValueError where the mutant or its tests no longer fit the tree."""
     target = copy / mutant.file
     original = target.read_text()
-    assert original.count(mutant.old) == 1, f"{mutant.name}: the text stands {original.count(mutant.old)} times"
+    if original.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.name}: its text stands {original.count(mutant.old)} times in {mutant.file}")
     target.write_text(original.replace(mutant.old, mutant.new))
-    try:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests.split(" ", 2)]
-        finished = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300, check=False)
-    finally:
-        target.write_text(original)
-    assert finished.returncode in (0, TESTS_FAILED), f"{mutant.name}: the tests did not run:\n{finished.stdout}"
+    finished = run_tests(mutant.tests, copy)
+    target.write_text(original)
+    if finished.returncode not in (0, TESTS_FAILED):
+        raise ValueError(f"{mutant.name}: the tests did not run:\n{finished.stdout}")
     return finished.returncode == TESTS_FAILED
 
 
 def main() -> int:
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = [mutant for mutant in MUTANTS if wanted in mutant.name]
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "tree"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "output", "__pycache__", ".*_cache"))
-        for mutant in MUTANTS:
-            if wanted in mutant.name:
-                killed = is_killed(mutant, copy)
-                survivors += not killed
-                print(f"{'red' if killed else 'SURVIVED':9} {mutant.name} ({mutant.file})", flush=True)
-    print(f"{survivors} survived")
+        for tests in sorted({mutant.tests for mutant in chosen}):  # else any broken test would count as a kill
+            control = run_tests(tests, copy)
+            if control.returncode:
+                raise ValueError(f"{tests} fails without any mutant:\n{control.stdout}")
+        for mutant in chosen:
+            killed = is_killed(mutant, copy)
+            survivors += not killed
+            print(f"{'red' if killed else 'SURVIVED':9} {mutant.name} ({mutant.file})", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants turned tests red")
     return 1 if survivors else 0
 
 

@@ -17,7 +17,8 @@ import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
-from local.serverless_api import Platform, parse_object, worker_environment
+from local.serverless_api import worker_environment
+from local.serverless_jobs import Platform, parse_object
 
 REPOSITORY = Path(__file__).parents[2]
 SDK_WORKER = Path(__file__).with_name("sdk_worker.py")

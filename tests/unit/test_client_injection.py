@@ -62,6 +62,13 @@ def test_a_workflow_is_found_in_every_wrapping(wrap: Any) -> None:
     assert client.parse_workflow(wrap(workflow)) == workflow
 
 
+def test_a_file_is_utf_8_with_or_without_a_mark(tmp_path: Path) -> None:
+    workflow = {"1": node("CLIPTextEncode", text="猫")}
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "workflow.json").write_text(json.dumps(workflow, ensure_ascii=False), encoding=encoding)
+        assert client.read_workflow(tmp_path / "workflow.json") == workflow
+
+
 @pytest.mark.parametrize("wrap", [lambda ui: ui, lambda ui: {"workflow": ui}])
 def test_the_ui_format_is_refused_with_the_way_to_export(wrap: Any) -> None:
     with pytest.raises(client.InputError, match=r"UI format.*Export \(API\)"):
@@ -212,7 +219,7 @@ def test_the_picture_of_a_controlnet_brings_no_other_words() -> None:
         "10": node("SamplerCustomAdvanced", guider=["9", 0]),
         "11": node("ControlNetApplyAdvanced", positive=["6", 0], negative=["7", 0], image=["10", 0]),
         "12": node("ControlNetApply", conditioning=["11", 0], image=["10", 0]),
-        "3": sampler("12", "11"),
+        "3": sampler("12", "7"),
     }
     assert planned(client.plan_text(workflow, "new")) == {"6.text": "new"}
     assert planned(client.plan_text(workflow, "new", "negative")) == {"7.text": "new"}
