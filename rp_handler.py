@@ -26,12 +26,12 @@ from runpod.serverless.modules.worker_state import JobsProgress
 from worker.comfyui import ComfyUI
 from worker.config import Config, ConfigError
 from worker.control import JobControl
-from worker.errors import RamDiskError, WorkerError, WorkerFault, internal_error
+from worker.errors import ComfyUICrashed, ComfyUIUnavailable, RamDiskError, WorkerError, WorkerFault, internal_error
 from worker.follow import Progress, run_workflow
 from worker.outputs import collect_outputs, result_limit_bytes
 from worker.payload import JobRequest, json_safe, parse_job_input
 from worker.process import ComfyUIProcess
-from worker.ramdisk import RamDisk
+from worker.ramdisk import JOB_DIRECTORIES, RamDisk
 
 log = logging.getLogger("handler")
 current_job_id: contextvars.ContextVar[str] = contextvars.ContextVar("job_id", default="-")
@@ -61,6 +61,7 @@ class Worker:
         with steps("clear"):
             state = self.comfyui.wait_ready(min(self.config.boot_timeout_s, control.remaining_s()), control.check)
             self.comfyui.clear_queue(self.config.interrupt_grace_s)
+            self.comfyui.clear_history()
             self.ramdisk.wipe()
         with self._wiped_afterwards(request, steps):
             with steps("write"):
@@ -80,7 +81,7 @@ class Worker:
                 result |= collect_outputs(outcome, self.ramdisk, limit_bytes)
                 result["warnings"] = [*request.warnings, *outcome.warnings]
                 if request.debug:
-                    result["debug"] = self._diagnostics(outcome.prompt_id)
+                    result["debug"] = self._diagnostics()
         self.process.note_success(state)
         result["timings_ms"] = steps.timings_ms
         return result
@@ -90,6 +91,10 @@ class Worker:
         """The seventh step, also after a failure. With `debug` everything stays until the next job's second step."""
         try:
             yield
+        except WorkerError as error:
+            if request.debug:
+                error.details["debug"] = self._diagnostics()
+            raise
         finally:
             if not request.debug:
                 with steps("wipe"):
@@ -99,15 +104,14 @@ class Worker:
         try:
             self.ramdisk.wipe()
             self.process.scrub_log()
-        except RamDiskError as error:
+            self.comfyui.clear_history()
+        except (RamDiskError, ComfyUIUnavailable, ComfyUICrashed) as error:
             # The caller still gets the result; the next job's second step tries again and refuses to run.
             log.error("%s", error)
 
-    def _diagnostics(self, prompt_id: str) -> dict[str, Any]:
-        root = self.config.ramdisk_dir
-        folders = [root / name for name in ("input", "output", "temp")]
+    def _diagnostics(self) -> dict[str, Any]:
+        folders = [self.config.ramdisk_dir / name for name in JOB_DIRECTORIES]
         return {
-            "prompt_id": prompt_id,
             "kept_until": "the next job on this worker",
             "files": sorted(str(path) for folder in folders for path in folder.rglob("*") if path.is_file()),
             "free_bytes": self.ramdisk.free_bytes(),

@@ -143,9 +143,9 @@ class ComfyUI:
         """ComfyUI's record of a finished prompt; None while it is queued, running or unknown."""
         return self._get_json(f"/history/{prompt_id}").get(prompt_id)
 
-    def forget(self, prompt_id: str) -> None:
-        """Delete a prompt from the history, which holds the whole workflow."""
-        self._post("/history", {"delete": [prompt_id]})
+    def clear_history(self) -> None:
+        """Forget every finished prompt: each record holds a whole workflow. ComfyUI serves one job at a time here."""
+        self._post("/history", {"clear": True})
 
     def free_cache(self) -> None:
         """Drop ComfyUI's result cache. It always unloads the models too."""

@@ -7,7 +7,6 @@ a job. ComfyUI's message order is the same in 0.18.1, 0.3.75 and 0.3.64: ``execu
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import secrets
 import uuid
@@ -136,9 +135,6 @@ class _Run:
             raise
         finally:
             feed.close()
-            # ComfyUI keeps the whole workflow in its history; a later look at it must find nothing.
-            with contextlib.suppress(ComfyUIUnavailable, ComfyUICrashed):
-                self._comfyui.forget(prompt_id)
         _raise_if_failed(record.get("status") or {})
         self._outcome.outputs = record.get("outputs") or {}
         return self._outcome

@@ -119,6 +119,7 @@ def test_debug_keeps_the_files_and_says_where_until_the_next_job_overwrites_them
     result = driver.run(invert_job(debug=True))["output"]
     kept = [Path(path) for path in result["debug"]["files"]]
     assert kept == [driver.ramdisk / "input/a.png", driver.ramdisk / "output/inverted_00001_.png"]
+    assert len(driver.comfyui("/history")) == 1
     held = {path: os.open(path, os.O_RDONLY) for path in kept}
     try:
         sizes = {path: os.fstat(fd).st_size for path, fd in held.items()}
@@ -127,6 +128,7 @@ def test_debug_keeps_the_files_and_says_where_until_the_next_job_overwrites_them
         for path, fd in held.items():  # the inode outlives its name: what it holds now is what a thief would find
             assert not path.exists()
             assert os.pread(fd, sizes[path] + 1, 0) == bytes(sizes[path])
+        assert driver.comfyui("/history") == {}
     finally:
         for fd in held.values():
             os.close(fd)
