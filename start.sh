@@ -169,7 +169,10 @@ follow_comfyui_log() {
     tail_pid=$!
     trap 'kill "$tail_pid" 2>/dev/null; exit' TERM
     until is_listening; do
-        kill -0 "$comfyui_pid" 2>/dev/null || return 0 # tail ends with it
+        if ! kill -0 "$comfyui_pid" 2>/dev/null; then
+            wait "$tail_pid" || true # it ends by itself within a second
+            return 0
+        fi
         sleep 0.1
     done
     touch -- "$RAMDISK_DIR/run/listened"

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -202,12 +203,17 @@ def invert_job(**extra: Any) -> dict[str, Any]:
     return {"workflow": invert_workflow(), "images": {"a.png": base64_of(picture_bytes())}, **extra}
 
 
-def sleep_workflow(seconds: float, steps: int = 50) -> dict[str, Any]:
-    """A run that takes ``seconds`` and can be interrupted at each of its ``steps``. The node is the stand-in's own."""
-    if "COMFYUI_DIR" in os.environ:
-        pytest.skip("real ComfyUI has no StandinSleep")
-    return {
-        "1": {"class_type": "EmptyImage", "inputs": {"width": 16, "height": 16, "batch_size": 1, "color": 255}},
-        "2": {"class_type": "StandinSleep", "inputs": {"image": ["1", 0], "seconds": seconds, "steps": steps}},
-        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "slept"}},
+def slow_workflow(seconds: float) -> dict[str, Any]:
+    """A run of about ``seconds`` that can be interrupted many times on the way."""
+    real_comfyui = "COMFYUI_DIR" in os.environ
+    side, count = (512, math.ceil(seconds / 0.4)) if real_comfyui else (16, 1)  # a blur of 512 x 512 took 0.4 s
+    workflow: dict[str, Any] = {
+        "0": {"class_type": "EmptyImage", "inputs": {"width": side, "height": side, "batch_size": 1, "color": 255}}
     }
+    for step in range(1, count + 1):
+        before = [str(step - 1), 0]
+        blur = {"class_type": "ImageBlur", "inputs": {"image": before, "blur_radius": 31, "sigma": 10.0}}
+        sleep = {"class_type": "StandinSleep", "inputs": {"image": before, "seconds": seconds, "steps": 1000}}
+        workflow[str(step)] = blur if real_comfyui else sleep
+    workflow["save"] = {"class_type": "SaveImage", "inputs": {"images": [str(count), 0], "filename_prefix": "slow"}}
+    return workflow

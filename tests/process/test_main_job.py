@@ -15,7 +15,7 @@ from tests.process.conftest import (
     invert_job,
     invert_workflow,
     picture_bytes,
-    sleep_workflow,
+    slow_workflow,
     wait_until,
 )
 
@@ -171,7 +171,8 @@ def test_a_job_that_cannot_run_says_why_and_the_next_one_runs(
 
 
 def test_progress_arrives_while_the_job_runs_and_never_after(driver: Driver) -> None:
-    job_id = driver.start_job({"workflow": sleep_workflow(2.5)})
+    workflow = slow_workflow(3)
+    job_id = driver.start_job({"workflow": workflow})
 
     def progress() -> Any:
         body = driver.status(job_id)
@@ -179,8 +180,8 @@ def test_progress_arrives_while_the_job_runs_and_never_after(driver: Driver) -> 
 
     seen = wait_until(progress, "a progress update")
     assert seen["stage"] == "running"
-    assert seen["node_class"] == "StandinSleep"
-    assert 0 < seen["value"] <= seen["max"] == 50
+    assert seen["node_class"] == workflow[seen["node"]]["class_type"]
+    assert 0 < seen["percent"] < 100
     assert driver.finish(job_id)["output"]["status"] == "success"
     assert driver.status(job_id)["status"] == "COMPLETED"
 

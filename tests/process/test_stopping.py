@@ -7,19 +7,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.process.conftest import DEADLINE_S, Driver, boot, invert_job, sleep_workflow, wait_until
-
-
-def long_workflow() -> dict[str, Any]:
-    return sleep_workflow(60, steps=1200)
+from tests.process.conftest import DEADLINE_S, Driver, boot, invert_job, slow_workflow, wait_until
 
 
 def start_long_job(driver: Driver) -> str:
-    job_id = driver.start_job({"workflow": long_workflow()})
+    job_id = driver.start_job({"workflow": slow_workflow(60)})
     wait_until(driver.comfyui_runs, "the long job runs")
     return job_id
 
@@ -41,7 +36,7 @@ def test_a_cancelled_job_frees_comfyui_for_the_next_one(driver: Driver) -> None:
 
 def test_ctrl_c_in_the_client_cancels_the_job(driver: Driver, tmp_path: Path) -> None:
     workflow = tmp_path / "slow.json"
-    workflow.write_text(json.dumps(long_workflow()))
+    workflow.write_text(json.dumps(slow_workflow(60)))
     command = driver.client_command("--workflow", workflow, "--out", tmp_path)
     client = subprocess.Popen(command, env=driver.client_environ(), stderr=subprocess.PIPE, text=True)
     wait_until(driver.comfyui_runs, "the client's job runs")
@@ -54,7 +49,7 @@ def test_ctrl_c_in_the_client_cancels_the_job(driver: Driver, tmp_path: Path) ->
 
 
 def test_a_job_past_its_own_deadline_is_stopped(driver: Driver) -> None:
-    answer = driver.run({"workflow": long_workflow(), "timeout_s": 0.5})
+    answer = driver.run({"workflow": slow_workflow(60), "timeout_s": 0.5})
     assert answer["output"]["error_code"] == "JOB_TIMEOUT"
     assert "0.5 s" in answer["error"]
     assert driver.comfyui_is_idle()
@@ -62,7 +57,7 @@ def test_a_job_past_its_own_deadline_is_stopped(driver: Driver) -> None:
 
 
 def test_a_leftover_prompt_is_cleared_before_the_next_job(driver: Driver) -> None:
-    body = {"prompt": long_workflow(), "client_id": "somebody-else"}
+    body = {"prompt": slow_workflow(60), "client_id": "somebody-else"}
     driver.post_comfyui("/prompt", body)
     wait_until(driver.comfyui_runs, "the leftover runs")
     answer = driver.run(invert_job())
@@ -109,7 +104,7 @@ def test_sigterm_ends_an_idle_worker_at_once_and_the_next_worker_gets_the_job(ow
 
 
 def test_sigterm_in_mid_job_lets_the_job_finish_and_post(own_driver: Driver) -> None:
-    job_id = own_driver.start_job({"workflow": sleep_workflow(2)})
+    job_id = own_driver.start_job({"workflow": slow_workflow(2)})
     wait_until(own_driver.comfyui_runs, "the job runs")
     own_driver.stack.worker.send_signal(signal.SIGTERM)
     own_driver.stack.worker.send_signal(signal.SIGTERM)  # twice is the same as once
