@@ -914,8 +914,9 @@ def print_remarks(output: Mapping[str, Any]) -> None:
         for remark in remarks if isinstance(remarks, list) else []:
             say(f"warning: {one_line(remark)}")
     texts = output.get("texts")
-    for text in texts if isinstance(texts, list) else []:
-        print(text if isinstance(text, str) else json.dumps(text), flush=True)
+    for entry in texts if isinstance(texts, list) else []:
+        text = entry.get("text") if isinstance(entry, dict) else entry
+        print(text if isinstance(text, str) else json.dumps(entry), flush=True)
 
 
 def run(options: argparse.Namespace, environ: Mapping[str, str]) -> ExitCode:

@@ -142,7 +142,9 @@ def test_two_pictures_of_one_name_are_both_sent(folder: Folder) -> None:
 
 
 def test_texts_go_to_stdout_and_warnings_to_stderr(folder: Folder) -> None:
-    folder.server.script = completed({"images": [], "texts": ["a caption"], "warnings": ["one branch\nfailed"]})
+    folder.server.script = completed(
+        {"images": [], "texts": [{"node_id": "7", "text": "a caption"}], "warnings": ["one branch\nfailed"]}
+    )
     code, out, err = folder.job(LC_ALL="C")
     assert (code, out) == (client.ExitCode.SAVED, "a caption\n")
     assert "warning: one branch failed\n" in err
