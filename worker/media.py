@@ -30,15 +30,10 @@ def check_image(name: str, data: bytes) -> None:
     """
     if not data:
         raise MediaInvalid(f"Image {name!r} is empty.", name=name)
-    _check_header(name, data)
-    if data.startswith(_PNG_SIGNATURE):
-        whole = _png_is_whole(data)
-    elif data.startswith(b"\xff\xd8"):
-        whole = _jpeg_is_whole(data)
-    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        whole = len(data) >= 8 + int.from_bytes(data[4:8], "little")
-    else:
-        whole = _decodes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd files; what matters is raised
+        _check_header(name, data)
+        whole = _is_whole(data)
     if not whole:
         raise MediaInvalid(
             f"Image {name!r} is damaged or cut short ({len(data)} bytes arrived); send the file again.",
@@ -49,10 +44,8 @@ def check_image(name: str, data: bytes) -> None:
 
 def _check_header(name: str, data: bytes) -> None:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
     except UnidentifiedImageError:
         sentence = f"{name!r} is not an image that Pillow can read; video and audio go under 'files'."
         raise MediaInvalid(sentence, name=name) from None
@@ -63,6 +56,16 @@ def _check_header(name: str, data: bytes) -> None:
         raise MediaInvalid(f"Image {name!r} cannot be read ({type(error).__name__}).", name=name) from None
     if width * height > MAX_PIXELS:
         raise MediaInvalid(f"Image {name!r} has more than {MAX_PIXELS} pixels; shrink it.", name=name)
+
+
+def _is_whole(data: bytes) -> bool:
+    if data.startswith(_PNG_SIGNATURE):
+        return _png_is_whole(data)
+    if data.startswith(b"\xff\xd8"):
+        return _jpeg_is_whole(data)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    return _decodes(data)
 
 
 def _png_is_whole(data: bytes) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-import mimetypes
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from worker.errors import NoOutput, OutputMissing, ResultTooLarge
@@ -16,6 +16,30 @@ from worker.ramdisk import RamDisk
 ASYNC_LIMIT_BYTES = 10_000_000
 SYNC_LIMIT_BYTES = 20_000_000
 MARGIN = 0.98
+# Not the mimetypes module: its answers for WebP, FLAC and others depend on the machine's /etc/mime.types.
+_MEDIA_TYPES = {
+    ".avif": "image/avif",
+    ".exr": "image/x-exr",
+    ".flac": "audio/flac",
+    ".gif": "image/gif",
+    ".glb": "model/gltf-binary",
+    ".jpeg": "image/jpeg",
+    ".jpg": "image/jpeg",
+    ".json": "application/json",
+    ".m4a": "audio/mp4",
+    ".mkv": "video/x-matroska",
+    ".mov": "video/quicktime",
+    ".mp3": "audio/mpeg",
+    ".mp4": "video/mp4",
+    ".opus": "audio/ogg",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+    ".tiff": "image/tiff",
+    ".txt": "text/plain",
+    ".wav": "audio/wav",
+    ".webm": "video/webm",
+    ".webp": "image/webp",
+}
 _CATEGORIES = {"image": "images", "video": "videos", "audio": "audio"}
 
 
@@ -47,7 +71,7 @@ class _Output:
 
     def item(self, size_bytes: int) -> tuple[str, dict[str, Any]]:
         """The result's list that this belongs to, and its item with ``data`` still empty."""
-        media_type = mimetypes.guess_type(self.filename)[0] or "application/octet-stream"
+        media_type = _MEDIA_TYPES.get(PurePosixPath(self.filename).suffix.lower(), "application/octet-stream")
         return _CATEGORIES.get(media_type.partition("/")[0], "files"), {
             "filename": self.filename,
             "type": "base64",

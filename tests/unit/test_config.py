@@ -1,0 +1,32 @@
+import pytest
+
+from worker.config import Config, ConfigError
+
+
+def test_an_empty_environment_gives_the_documented_defaults() -> None:
+    config = Config.from_env({})
+    assert (config.comfyui_port, config.boot_timeout_s, config.job_timeout_s) == (8188, 1800, 3600)
+    assert (config.interrupt_grace_s, config.result_limit_bytes, config.log_level) == (10, None, "INFO")
+    assert str(config.ramdisk_dir) == "/dev/shm/comfyui"
+
+
+def test_values_are_read_with_their_units() -> None:
+    config = Config.from_env({"RESULT_LIMIT_MB": "1.5", "JOB_TIMEOUT_S": " 90 ", "LOG_LEVEL": "debug"})
+    assert (config.result_limit_bytes, config.job_timeout_s, config.log_level) == (1_500_000, 90, "DEBUG")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("JOB_TIMEOUT_S", "soon"),
+        ("JOB_TIMEOUT_S", "0"),
+        ("JOB_TIMEOUT_S", "nan"),
+        ("COMFYUI_PORT", "70000"),
+        ("RESULT_LIMIT_MB", "-1"),
+        ("INTERRUPT_GRACE_S", "inf"),
+        ("LOG_LEVEL", "CHATTY"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        Config.from_env({name: value})

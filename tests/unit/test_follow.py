@@ -1,0 +1,359 @@
+"""One prompt from its POST to its history, against a real stand-in; only what must go wrong is put on by hand."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.contract.comfyui_client import boot
+from worker import follow
+from worker.comfyui import ComfyUI
+from worker.control import JobControl
+from worker.errors import (
+    ComfyUICrashed,
+    ExecutionFailed,
+    GpuBroken,
+    HistoryMissing,
+    JobCancelled,
+    JobTimeout,
+    OutOfGpuMemory,
+    PromptRejected,
+    WorkerError,
+)
+from worker.feed import Feed
+from worker.follow import NONCE_INPUT, Progress, RunOutcome, run_workflow, with_nonce
+from worker.process import ComfyUIProcess
+
+Workflow = dict[str, dict[str, Any]]
+
+
+class Recording(ComfyUI):
+    """The real client; its sleeps are recorded and short, and tests replace single answers."""
+
+    def __init__(self, port: int, process: ComfyUIProcess) -> None:
+        self.slept_s: list[float] = []
+        self.submitted: list[Workflow] = []
+        self.cache_was_freed = False
+        super().__init__(port, process, sleep=self.slept_s.append)
+
+    def submit(self, workflow: Workflow, *arguments: Any) -> list[str]:
+        self.submitted.append(workflow)
+        return super().submit(workflow, *arguments)
+
+    def free_cache(self) -> None:
+        self.cache_was_freed = True
+        super().free_cache()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+    """A stand-in with a `run` folder as start.sh keeps it; gives its port and the folder of its files."""
+    root = tmp_path_factory.mktemp("comfyui")
+    with boot(root) as running:
+        (root / "run").mkdir()
+        (root / "run/comfyui").write_text(f"{running.process.pid} 1\n")
+        yield int(running.base_url.rpartition(":")[2]), root
+
+
+@pytest.fixture
+def comfyui(server: tuple[int, Path]) -> Iterator[Recording]:
+    port, root = server
+    client = Recording(port, ComfyUIProcess(root / "run"))
+    client.wait_ready(10)
+    yield client
+    assert client.queued_ids() == ([], [])
+    client.clear_history()
+
+
+def run(
+    comfyui: ComfyUI,
+    workflow: Workflow,
+    control: JobControl | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> RunOutcome:
+    control = control or JobControl(timeout_s=20)
+    return run_workflow(comfyui, workflow, control=control, on_progress=on_progress, interrupt_grace_s=5)
+
+
+def save_workflow(prefix: str = "saved") -> Workflow:
+    return {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 255}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": prefix}},
+    }
+
+
+def sleep_workflow(seconds: float) -> Workflow:
+    workflow = save_workflow("slept")
+    workflow["3"] = {"class_type": "StandinSleep", "inputs": {"image": ["1", 0], "seconds": seconds, "steps": 500}}
+    workflow["2"]["inputs"]["images"] = ["3", 0]
+    return workflow
+
+
+def filenames(outcome: RunOutcome) -> list[str]:
+    return [entry["filename"] for entry in outcome.outputs["2"]["images"]]
+
+
+# --- the ordinary way ---
+
+
+def test_a_workflow_gives_its_outputs_and_progress_that_only_grows(comfyui: Recording) -> None:
+    seen: list[Progress] = []
+    outcome = run(comfyui, save_workflow("plain"), on_progress=seen.append)
+    assert filenames(outcome) == ["plain_00001_.png"]
+    assert [(update["node"], update["node_class"]) for update in seen] == [("1", "EmptyImage"), ("2", "SaveImage")]
+    percents = [update["percent"] for update in seen]
+    assert percents == sorted(percents)
+    assert comfyui.slept_s == []  # nothing was late, so nothing was waited for
+
+
+def test_a_repeated_workflow_writes_a_new_file_each_time(comfyui: Recording, server: tuple[int, Path]) -> None:
+    _, root = server
+    for _ in range(3):
+        (name,) = filenames(run(comfyui, save_workflow("repeated")))
+        (root / "output" / name).unlink()  # fails if ComfyUI answered from its cache
+
+
+def test_pictures_sent_by_websocket_only_are_collected_each_time(comfyui: Recording) -> None:
+    workflow = save_workflow()
+    workflow["2"] = {"class_type": "SaveImageWebsocket", "inputs": {"images": ["1", 0]}}
+    for _ in range(2):
+        ((node_id, picture),) = run(comfyui, workflow).socket_images
+        assert node_id == "2"
+        assert picture.startswith(b"\x89PNG")
+
+
+# --- the nonce ---
+
+
+def test_only_output_nodes_that_nothing_links_from_get_the_nonce(comfyui: Recording) -> None:
+    workflow = save_workflow()
+    workflow["3"] = {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}
+    workflow["4"] = {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}}  # no output node
+    workflow["5"] = {"class_type": "ImageInvert", "inputs": {"image": ["3", 0]}}  # links from an output node
+    noted = with_nonce(comfyui, workflow)
+    assert [node_id for node_id in noted if NONCE_INPUT in noted[node_id]["inputs"]] == ["2"]
+    assert isinstance(noted["2"]["inputs"][NONCE_INPUT], str)
+    assert NONCE_INPUT not in workflow["2"]["inputs"]
+
+
+def test_one_job_has_one_nonce_and_the_next_another(comfyui: Recording) -> None:
+    workflow = save_workflow()
+    workflow["3"] = {"class_type": "SaveImage", "inputs": dict(workflow["2"]["inputs"])}
+    copies = [with_nonce(comfyui, workflow) for _ in range(2)]
+    nonces = [{copy[node_id]["inputs"][NONCE_INPUT] for node_id in ("2", "3")} for copy in copies]
+    assert [len(nonce) for nonce in nonces] == [1, 1]
+    assert nonces[0] != nonces[1]
+
+
+def test_a_node_that_cannot_take_the_nonce_runs_without_it_on_an_empty_cache(
+    comfyui: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_history = comfyui.history
+
+    def refuses_the_nonce_once(prompt_id: str) -> dict[str, Any] | None:
+        if len(comfyui.submitted) > 1:
+            return real_history(prompt_id)
+        words = f"save() got an unexpected keyword argument '{NONCE_INPUT}'"
+        return failed_record(exception_type="TypeError", exception_message=words)
+
+    monkeypatch.setattr(comfyui, "history", refuses_the_nonce_once)
+    assert len(filenames(run(comfyui, save_workflow()))) == 1
+    assert comfyui.cache_was_freed
+    assert [NONCE_INPUT in workflow["2"]["inputs"] for workflow in comfyui.submitted] == [True, False]
+
+
+# --- the history ---
+
+
+def failed_record(outputs: dict[str, Any] | None = None, **error: Any) -> dict[str, Any]:
+    message = {"node_id": "2", "node_type": "SaveImage", "traceback": ["  File x\n"], **error}
+    status = {"status_str": "error", "completed": False, "messages": [["execution_error", message]]}
+    return {"outputs": outputs or {}, "status": status}
+
+
+@pytest.mark.parametrize("looks", range(6))
+def test_a_late_history_is_waited_for_with_growing_pauses(
+    comfyui: Recording, monkeypatch: pytest.MonkeyPatch, looks: int
+) -> None:
+    real_history, asked = comfyui.history, []
+
+    def late(prompt_id: str) -> dict[str, Any] | None:
+        asked.append(prompt_id)
+        return real_history(prompt_id) if len(asked) > looks else None
+
+    monkeypatch.setattr(comfyui, "history", late)
+    assert len(filenames(run(comfyui, save_workflow()))) == 1
+    assert comfyui.slept_s == [0.010, 0.050, 0.250, 1.250, 6.250][:looks]
+
+
+def test_a_history_that_never_comes_is_a_failure_of_its_own(
+    comfyui: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comfyui, "history", lambda _: None)
+    with pytest.raises(HistoryMissing):
+        run(comfyui, save_workflow())
+    assert comfyui.slept_s == [0.010, 0.050, 0.250, 1.250, 6.250]
+
+
+def test_the_status_is_read_before_the_outputs(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = failed_record(
+        {"9": {"images": [{"filename": "from-a-branch-that-finished.png"}]}},
+        exception_type="ValueError",
+        exception_message="bad\nsecond line",
+    )
+    monkeypatch.setattr(comfyui, "history", lambda _: record)
+    with pytest.raises(ExecutionFailed) as caught:
+        run(comfyui, save_workflow())
+    assert caught.value.message == "Node 2 (SaveImage) failed: ValueError: bad"
+    assert caught.value.details["exception_message"] == "bad\nsecond line"
+    assert caught.value.details["traceback"] == ["  File x"]
+
+
+@pytest.mark.parametrize(
+    ("exception_type", "message", "expected"),
+    [
+        ("torch.OutOfMemoryError", "Allocation on device", OutOfGpuMemory),
+        ("torch.cuda.OutOfMemoryError", "CUDA out of memory", OutOfGpuMemory),
+        ("RuntimeError", "CUDA error: an illegal memory access was encountered", GpuBroken),
+        ("RuntimeError", "mat1 and mat2 shapes cannot be multiplied", ExecutionFailed),
+    ],
+)
+def test_gpu_failures_have_their_own_kind(
+    comfyui: Recording,
+    monkeypatch: pytest.MonkeyPatch,
+    exception_type: str,
+    message: str,
+    expected: type[WorkerError],
+) -> None:
+    record = failed_record(exception_type=exception_type, exception_message=message)
+    monkeypatch.setattr(comfyui, "history", lambda _: record)
+    with pytest.raises(expected) as caught:
+        run(comfyui, save_workflow())
+    assert type(caught.value) is expected
+    assert caught.value.replace_worker is (expected is GpuBroken)
+
+
+def test_a_node_that_raises_is_named(comfyui: Recording) -> None:
+    with pytest.raises(ExecutionFailed, match=r"Node 2 \(SaveImage\) failed") as caught:
+        run(comfyui, save_workflow("../../outside"))
+    assert caught.value.details["node_id"] == "2"
+
+
+def test_a_refused_workflow_is_a_sentence_for_each_node(comfyui: Recording) -> None:
+    workflow = save_workflow()
+    workflow["1"]["inputs"] |= {"width": -1, "height": "tall"}
+    with pytest.raises(PromptRejected) as caught:
+        run(comfyui, workflow)
+    assert caught.value.message.count("Node 1 (EmptyImage)") == 2
+    errors = caught.value.details["node_errors"]["1"]["errors"]
+    assert {error["type"] for error in errors} == {"value_smaller_than_min", "invalid_input_type"}
+    assert all(set(error) == {"type", "message", "details"} for error in errors)
+
+
+def test_a_partly_valid_workflow_runs_and_warns(comfyui: Recording) -> None:
+    workflow = save_workflow("good")
+    workflow["9"] = {"class_type": "SaveImage", "inputs": {"filename_prefix": "bad"}}
+    outcome = run(comfyui, workflow)
+    assert len(filenames(outcome)) == 1
+    (warning,) = outcome.warnings
+    assert warning.startswith("Node 9 (SaveImage): Required input is missing")
+
+
+# --- ends from outside ---
+
+
+@pytest.mark.parametrize("way", ["deadline", "cancellation", "somebody else's interrupt"])
+def test_a_stopped_run_is_out_of_comfyui_when_it_raises(comfyui: Recording, way: str) -> None:
+    control = JobControl(timeout_s=0.3 if way == "deadline" else 20)
+    timer = threading.Timer(0.3, control.cancel)
+    if way == "somebody else's interrupt":
+        url = f"http://127.0.0.1:{comfyui.port}/interrupt"
+        timer = threading.Timer(0.3, requests.post, (url,), {"json": {}, "timeout": 5})
+    if way != "deadline":
+        timer.start()
+    comfyui.sleep = threading.Event().wait  # real pauses between interrupts
+    with pytest.raises(JobTimeout if way == "deadline" else JobCancelled):
+        run(comfyui, sleep_workflow(15), control)
+    assert comfyui.queued_ids() == ([], [])
+
+
+def test_a_job_can_only_shorten_its_deadline() -> None:
+    now = [100.0]
+    control = JobControl(timeout_s=10, clock=lambda: now[0])
+    control.shorten(60)
+    assert control.remaining_s() == 10
+    control.shorten(4)
+    assert control.remaining_s() == 4
+    now[0] = 104.0
+    with pytest.raises(JobTimeout, match="4 s"):
+        control.check()
+
+
+def test_a_dead_process_is_told_from_a_slow_one(server: tuple[int, Path], tmp_path: Path) -> None:
+    port, _ = server
+    (tmp_path / "comfyui").write_text(f"{os.getpid()} 1")
+    (tmp_path / "comfyui.log").write_text("loading\nSegmentation fault\n")
+    client = Recording(port, ComfyUIProcess(tmp_path))
+    client.wait_ready(5)
+    client.raise_if_dead()
+    (tmp_path / "comfyui").write_text(f"{os.getpid()} 2")  # start.sh has started another one
+    with pytest.raises(ComfyUICrashed) as caught:
+        client.raise_if_dead()
+    assert caught.value.details["log"] == ["loading", "Segmentation fault"]
+
+
+# --- the websocket ---
+
+
+class Refused(Feed):
+    def open(self) -> None:
+        """Nobody listens."""
+
+
+class Silent(Feed):
+    def receive(self, timeout_s: float) -> None:
+        super().receive(timeout_s)
+
+
+class Cut(Feed):
+    """Breaks after its third message, once, and connects again."""
+
+    messages = 0
+
+    def receive(self, timeout_s: float) -> bytes | dict[str, Any] | None:
+        message = super().receive(timeout_s)
+        self.messages += message is not None
+        if self.messages == 3:
+            self.messages += 1
+            self.close()
+            return None
+        return message
+
+
+class LosesTheLastMessage(Feed):
+    def receive(self, timeout_s: float) -> bytes | dict[str, Any] | None:
+        message = super().receive(timeout_s)
+        is_last = isinstance(message, dict) and message.get("data", {}).get("node", "") is None
+        return None if is_last else message
+
+
+@pytest.mark.parametrize("trouble", [Refused, Silent, Cut, LosesTheLastMessage])
+def test_the_follower_finds_the_end_without_the_websocket(
+    comfyui: Recording, monkeypatch: pytest.MonkeyPatch, trouble: type[Feed]
+) -> None:
+    monkeypatch.setattr(follow, "Feed", trouble)
+    monkeypatch.setattr(follow, "QUIET_S", 0.2)
+    assert len(filenames(run(comfyui, sleep_workflow(0.6)))) == 1
+
+
+def test_a_prompt_that_comfyui_no_longer_knows_is_a_crash(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "Feed", Silent)
+    monkeypatch.setattr(follow, "QUIET_S", 0.1)
+    monkeypatch.setattr(comfyui, "has_queued", lambda _: False)
+    monkeypatch.setattr(comfyui, "history", lambda _: None)
+    with pytest.raises(ComfyUICrashed, match="no longer knows"):
+        run(comfyui, save_workflow())

@@ -1,0 +1,115 @@
+"""Is a picture whole? The structure check must agree with the truth: cut or not cut."""
+
+import io
+import random
+import struct
+import zlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from worker.errors import MediaInvalid
+from worker.media import check_image
+
+
+def noise(width: int = 61, height: int = 47, mode: str = "RGB") -> Image.Image:
+    """A picture that compresses badly, so that every cut removes something."""
+    source = Image.frombytes("RGB", (width, height), random.Random(7).randbytes(3 * width * height))
+    return source.convert(mode)
+
+
+def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def with_thumbnail(jpeg: bytes) -> bytes:
+    """A JPEG whose first segment holds a whole JPEG of its own, as cameras write them: it has an end marker too."""
+    thumbnail = b"Exif\0\0" + encoded(noise(8, 8), "JPEG")
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail + jpeg[2:]
+
+
+WHOLE = {
+    "png": encoded(noise(), "PNG"),
+    "png with 16 bits": encoded(Image.frombytes("I;16", (20, 20), bytes(range(200)) * 4), "PNG"),
+    "animated png": encoded(noise(), "PNG", save_all=True, append_images=[noise(61, 47, "L").convert("RGB")]),
+    "jpeg": encoded(noise(), "JPEG"),
+    "progressive jpeg": encoded(noise(), "JPEG", progressive=True),
+    "jpeg with restart markers": encoded(noise(), "JPEG", restart_marker_rows=1),
+    "cmyk jpeg": encoded(noise(mode="CMYK"), "JPEG"),
+    "jpeg with a thumbnail": with_thumbnail(encoded(noise(), "JPEG")),
+    "mpo": encoded(noise(), "MPO", save_all=True, append_images=[noise()]),
+    "webp": encoded(noise(), "WEBP"),
+    "lossless webp": encoded(noise(), "WEBP", lossless=True),
+    "gif": encoded(noise(), "GIF"),
+    "bmp": encoded(noise(64), "BMP"),
+    "tiff": encoded(noise(), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("form", WHOLE)
+def test_a_whole_picture_passes(form: str) -> None:
+    check_image(form, WHOLE[form])
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "mpo"])
+def test_data_behind_the_end_is_allowed(form: str) -> None:
+    check_image(form, WHOLE[form] + b"appended by a phone")
+
+
+@pytest.mark.parametrize(
+    "form", ["png", "jpeg", "progressive jpeg", "jpeg with a thumbnail", "webp", "lossless webp", "bmp"]
+)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_every_cut_is_found(form: str, data: st.DataObject) -> None:
+    whole = WHOLE[form]
+    length = data.draw(st.integers(0, len(whole) - 1))
+    with pytest.raises(MediaInvalid) as caught:
+        check_image("photo", whole[:length])
+    assert "'photo'" in caught.value.message
+
+
+@pytest.mark.parametrize("form", WHOLE)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damage_gives_an_answer_of_ours_and_no_other_exception(form: str, data: st.DataObject) -> None:
+    damaged = bytearray(WHOLE[form])
+    for position in data.draw(st.lists(st.integers(0, len(damaged) - 1), min_size=1, max_size=8)):
+        damaged[position] ^= data.draw(st.integers(1, 255))
+    try:
+        check_image("photo", bytes(damaged))
+    except MediaInvalid as error:
+        assert error.code == "MEDIA_INVALID"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(8, len(WHOLE["png"]) - 1), st.integers(1, 255))
+def test_a_flipped_byte_in_a_png_is_found(position: int, flip: int) -> None:
+    damaged = bytearray(WHOLE["png"])
+    damaged[position] ^= flip
+    with pytest.raises(MediaInvalid):
+        check_image("photo", bytes(damaged))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300))
+def test_any_bytes_give_an_answer_of_ours(content: bytes) -> None:
+    with pytest.raises(MediaInvalid):
+        check_image("photo", content)
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    with pytest.raises(MediaInvalid, match="pixels"):
+        check_image("bomb.png", bomb + struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND")))
+
+
+def test_an_empty_file_is_called_empty() -> None:
+    with pytest.raises(MediaInvalid, match="is empty"):
+        check_image("a.png", b"")

@@ -1,0 +1,134 @@
+"""From ComfyUI's history to the items of a result."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from worker.errors import NoOutput, OutputMissing, ResultTooLarge
+from worker.follow import RunOutcome
+from worker.outputs import collect_outputs, result_limit_bytes
+from worker.ramdisk import RamDisk
+
+NO_LIMIT = 10**9
+
+
+@pytest.fixture
+def ramdisk(tmp_path: Path) -> RamDisk:
+    for name in ("output/video", "temp"):
+        (tmp_path / name).mkdir(parents=True)
+    return RamDisk(tmp_path)
+
+
+def put(ramdisk: RamDisk, name: str, content: bytes = b"content", kind: str = "output") -> dict[str, str]:
+    """Write a file as ComfyUI would and return the entry that its history has for it."""
+    path = Path(name)
+    (ramdisk.root / kind / path).write_bytes(content)
+    return {"filename": path.name, "subfolder": str(path.parent).replace(".", ""), "type": kind}
+
+
+def collect(ramdisk: RamDisk, outputs: dict[str, Any], limit_bytes: int = NO_LIMIT, **more: Any) -> dict[str, Any]:
+    return collect_outputs(RunOutcome("prompt", outputs, **more), ramdisk, limit_bytes)
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "category", "media_type"),
+    [
+        ("images", "a.png", "images", "image/png"),
+        ("images", "a.webp", "images", "image/webp"),
+        ("images", "video/a.mp4", "videos", "video/mp4"),  # SaveVideo names its file under "images"
+        ("gifs", "a.gif", "images", "image/gif"),
+        ("gifs", "a.webm", "videos", "video/webm"),
+        ("audio", "a.flac", "audio", "audio/flac"),
+        ("audio", "a.mp3", "audio", "audio/mpeg"),
+        ("latents", "a.latent", "files", "application/octet-stream"),
+        ("result", "a.glb", "files", "model/gltf-binary"),
+    ],
+)
+def test_every_kind_of_file_becomes_an_item_of_its_list(
+    ramdisk: RamDisk, key: str, name: str, category: str, media_type: str
+) -> None:
+    entry = put(ramdisk, name, b"abcd")
+    lists = collect(ramdisk, {"57:9": {key: [entry], "animated": [True]}})
+    (item,) = lists[category]
+    assert item == {
+        "filename": Path(name).name,
+        "type": "base64",
+        "data": base64.b64encode(b"abcd").decode(),
+        "media_type": media_type,
+        "size_bytes": 4,
+        "node_id": "57:9",
+        "subfolder": entry["subfolder"],
+    }
+    assert set(lists) == {"images", category}
+
+
+def test_texts_are_returned_with_their_node(ramdisk: RamDisk) -> None:
+    assert collect(ramdisk, {"4": {"text": ["a cat"]}}) == {
+        "images": [],
+        "texts": [{"node_id": "4", "text": "a cat"}],
+    }
+
+
+def test_previews_are_returned_only_where_nothing_was_saved(ramdisk: RamDisk) -> None:
+    preview = put(ramdisk, "p.png", kind="temp")
+    saved = put(ramdisk, "s.png")
+    both = collect(ramdisk, {"1": {"images": [preview]}, "2": {"images": [saved]}})
+    assert [item["filename"] for item in both["images"]] == ["s.png"]
+    alone = collect(ramdisk, {"1": {"images": [preview]}})
+    assert [item["filename"] for item in alone["images"]] == ["p.png"]
+
+
+def test_a_loaders_own_input_is_no_output(ramdisk: RamDisk) -> None:
+    with pytest.raises(NoOutput):
+        collect(ramdisk, {"1": {"images": [{"filename": "a.png", "subfolder": "", "type": "input"}]}})
+
+
+def test_pictures_that_came_by_websocket_are_items_too(ramdisk: RamDisk) -> None:
+    png, jpeg = b"\x89PNG\r\n\x1a\n...", b"\xff\xd8..."
+    lists = collect(ramdisk, {}, socket_images=[("7", png), ("7", jpeg)])
+    assert [(item["filename"], item["media_type"], item["node_id"]) for item in lists["images"]] == [
+        ("websocket_00001_.png", "image/png", "7"),
+        ("websocket_00002_.jpg", "image/jpeg", "7"),
+    ]
+    assert base64.b64decode(lists["images"][0]["data"]) == png
+
+
+def test_nothing_at_all_is_a_failure(ramdisk: RamDisk) -> None:
+    with pytest.raises(NoOutput):
+        collect(ramdisk, {})
+
+
+@pytest.mark.parametrize("content", [b"", None])
+def test_an_empty_or_missing_file_is_a_failure(ramdisk: RamDisk, content: bytes | None) -> None:
+    entry = {"filename": "a.png", "subfolder": "", "type": "output"}
+    if content is not None:
+        put(ramdisk, "a.png", content)
+    with pytest.raises(OutputMissing):
+        collect(ramdisk, {"1": {"images": [entry]}})
+
+
+def test_the_size_limit_counts_the_posted_body_to_the_byte(ramdisk: RamDisk) -> None:
+    outputs = {
+        "1": {"images": [put(ramdisk, "ä.png", b"x" * 1000), put(ramdisk, "b.png", b"y" * 1001)]},
+        "2": {"text": ["ein Text mit Ümlaut"]},
+    }
+    lists = collect(ramdisk, outputs)
+    # What the SDK posts at the least; rp_handler.py adds status, warnings and timings, for which the margin is.
+    body_bytes = len(json.dumps({"output": lists}, ensure_ascii=False).encode())
+    assert collect(ramdisk, outputs, body_bytes) == lists
+    with pytest.raises(ResultTooLarge) as caught:
+        collect(ramdisk, outputs, body_bytes - 1)
+    assert caught.value.details == {
+        "body_bytes": body_bytes,
+        "limit_bytes": body_bytes - 1,
+        "files": {"ä.png": 1000, "b.png": 1001},
+    }
+
+
+def test_the_limit_is_that_of_the_job_with_a_margin() -> None:
+    assert result_limit_bytes("abc-u1", None) == 9_800_000
+    assert result_limit_bytes("sync-abc-u1", None) == 19_600_000
+    assert result_limit_bytes("sync-abc-u1", 5) == 5

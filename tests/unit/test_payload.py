@@ -1,0 +1,175 @@
+"""What goes in: both request forms, every way to get it wrong. What comes out: always something that can be posted."""
+
+import base64
+import io
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from worker.errors import InputInvalid, MediaInvalid, WorkerError, WorkflowInvalid
+from worker.payload import InputFile, json_safe, parse_job_input
+
+
+def png() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (3, 2), "red").save(stream, "PNG")
+    return stream.getvalue()
+
+
+PNG = png()
+CODED = base64.b64encode(PNG).decode()
+WORKFLOW = {"1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}}}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+def job(**more: Any) -> dict[str, Any]:
+    return {"workflow": WORKFLOW, **more}
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        {"a.png": CODED},
+        [{"name": "a.png", "image": CODED}],
+        {"a.png": f"data:image/png;base64,{CODED}"},
+        [{"name": "a.png", "image": f"DATA:image/png;base64,{CODED}"}],
+        {"a.png": "\n".join(CODED[start : start + 20] for start in range(0, len(CODED), 20))},
+        {"a.png": base64.urlsafe_b64encode(PNG).decode()},
+        {"a.png": CODED.rstrip("=")},
+    ],
+)
+def test_all_forms_of_an_image_are_one_thing(images: object) -> None:
+    assert parse_job_input(job(images=images)).files == (InputFile("a.png", PNG),)
+
+
+def test_files_are_decoded_and_not_looked_into() -> None:
+    request = parse_job_input(job(images={"a.png": CODED}, files={"clip.mp4": base64.b64encode(b"video").decode()}))
+    assert request.files == (InputFile("a.png", PNG), InputFile("clip.mp4", b"video"))
+
+
+def test_the_rest_of_the_input_is_read() -> None:
+    request = parse_job_input(job(debug=True, timeout_s=2, comfy_org_api_key="k"))
+    assert (request.debug, request.timeout_s, request.comfy_org_api_key) == (True, 2.0, "k")
+    plain = parse_job_input(job())
+    assert (plain.debug, plain.timeout_s, plain.comfy_org_api_key, plain.warnings) == (False, None, None, ())
+
+
+@pytest.mark.parametrize("wrapper", ["prompt", "workflow"])
+def test_a_wrapped_workflow_is_unwrapped(wrapper: str) -> None:
+    assert parse_job_input({"workflow": {wrapper: WORKFLOW, "client_id": "x"}}).workflow == WORKFLOW
+
+
+def test_an_unknown_key_is_a_warning_with_the_nearest_one() -> None:
+    (warning,) = parse_job_input(job(debgu=True)).warnings
+    assert "'debgu'" in warning
+    assert "'debug'" in warning
+
+
+@pytest.mark.parametrize(
+    ("job_input", "error", "said"),
+    [
+        (None, InputInvalid, "must be an object"),
+        ([], InputInvalid, "must be an object"),
+        ({}, WorkflowInvalid, "no 'workflow'"),
+        ({"worklfow": WORKFLOW}, InputInvalid, "did you mean 'workflow'?"),
+        ({"workflow": None}, WorkflowInvalid, "no 'workflow'"),
+        ({"workflow": {}}, WorkflowInvalid, "empty"),
+        ({"workflow": []}, WorkflowInvalid, "not a list"),
+        ({"workflow": json.dumps(WORKFLOW)}, WorkflowInvalid, "not a str"),
+        ({"workflow": {"nodes": [], "links": [], "version": 0.4}}, WorkflowInvalid, "Export (API)"),
+        ({"workflow": {"workflow": {"nodes": [], "links": []}}}, WorkflowInvalid, "Export (API)"),
+        ({"workflow": {"7": {"inputs": {}}}}, WorkflowInvalid, "'7'"),
+        ({"workflow": {"7": {"class_type": "X", "inputs": None}}}, WorkflowInvalid, "'inputs'"),
+        (job(images="a.png"), InputInvalid, "'images' must be"),
+        (job(images=[CODED]), InputInvalid, "Item 0 of 'images'"),
+        (job(images=[{"name": "a.png"}]), InputInvalid, "must be a Base64 string"),
+        (job(images={"a.png": None}), InputInvalid, "must be a Base64 string"),
+        (job(images={"a.png": "https://example.org/a.png"}), InputInvalid, "is a URL"),
+        (job(images={"a.png": "not base64!"}), MediaInvalid, "not valid Base64"),
+        (job(images={"a.png": CODED[:-8]}), MediaInvalid, "'a.png'"),
+        (job(images={"a.txt": base64.b64encode(b"words").decode()}), MediaInvalid, "under 'files'"),
+        (job(debug="yes"), InputInvalid, "'debug' must be true or false"),
+        (job(timeout_s="5"), InputInvalid, "'timeout_s' must be a number"),
+        (job(timeout_s=True), InputInvalid, "'timeout_s' must be a number"),
+        (job(timeout_s=math.nan), InputInvalid, "'timeout_s' must be a number"),
+        (job(timeout_s=0), InputInvalid, "above 0"),
+        (job(timeout_s=10**9), InputInvalid, "at most 604800"),
+        (job(comfy_org_api_key=5), InputInvalid, "must be a string"),
+        (job(files={"a.png": "AAAA"}, images={"a.png": CODED}), InputInvalid, "Two files are named 'a.png'"),
+        (job(files={"e\u0301": "AAAA", "\xe9": "AAAA"}), InputInvalid, "Two files are named"),
+        (job(files={"a": "AAAA", "a/b": "AAAA"}), InputInvalid, "used as the folder"),
+    ],
+)
+def test_a_wrong_input_is_one_sentence(job_input: object, error: type[WorkerError], said: str) -> None:
+    with pytest.raises(error) as caught:
+        parse_job_input(job_input)
+    assert said in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "..", "../a.png", "a/../../b", "/etc/passwd", "a//b", "a/", ".", "./a", ".hidden", "a/.b"),
+        *("a\\b", "a\0b", "a\nb", "\ud800", "x" * 256, "ä" * 128, "/".join("abcdefghi")),
+    ],
+)
+def test_a_name_that_could_leave_the_input_directory_is_refused(name: str) -> None:
+    with pytest.raises(InputInvalid):
+        parse_job_input(job(files={name: "AAAA"}))
+
+
+@pytest.mark.parametrize("name", ["a.png", "Bild äöü.png", "写真.jpg", "clipspace/clipspace-mask-1.png", "x" * 255])
+def test_ordinary_names_are_taken(name: str) -> None:
+    assert parse_job_input(job(files={name: "AAAA"})).files[0].name == name
+
+
+@settings(max_examples=400, deadline=None)
+@given(JSON)
+def test_any_json_is_understood_or_refused(job_input: object) -> None:
+    assert_understood_or_refused(job_input)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {"workflow": JSON | st.just(WORKFLOW)},
+        optional={
+            "images": JSON | st.dictionaries(st.text(), st.just(CODED) | st.text(), max_size=3),
+            "files": st.dictionaries(st.text(), st.just(CODED), max_size=3),
+            "debug": JSON,
+            "timeout_s": JSON | st.floats(),
+            "comfy_org_api_key": JSON,
+        },
+    )
+)
+def test_any_value_under_a_known_key_is_understood_or_refused(job_input: object) -> None:
+    assert_understood_or_refused(job_input)
+
+
+def assert_understood_or_refused(job_input: object) -> None:
+    try:
+        request = parse_job_input(job_input)
+    except WorkerError as error:
+        json.dumps(json_safe(error.as_result()), ensure_ascii=False, allow_nan=False).encode()
+    else:
+        assert request.workflow
+        for file in request.files:
+            assert not file.name.startswith("/")
+            assert ".." not in file.name.split("/")
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON | st.text(st.characters(categories=["Cs", "L"])))
+def test_whatever_comes_out_can_be_posted(value: object) -> None:
+    text = json.dumps(json_safe(value), ensure_ascii=False, allow_nan=False)
+    assert json.loads(text.encode()) == json_safe(value)

@@ -1,0 +1,205 @@
+"""The RAM disk: writes that are whole before they have a name, reads that stay inside, a wipe that leaves zeros."""
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from worker.errors import OutputMissing, RamDiskError, RamDiskFull
+from worker.payload import InputFile
+from worker.ramdisk import MARKER, RamDisk
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    """As start.sh makes it; on the real RAM disk where there is one."""
+    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        path = Path(folder)
+        for name in ("input", "output", "temp", "run"):
+            (path / name).mkdir()
+        (path / MARKER).touch()
+        yield path
+
+
+@pytest.fixture
+def ramdisk(root: Path) -> RamDisk:
+    return RamDisk(root)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """fsync and replace, in order, by the name of the file that they act on; both still happen."""
+    seen: list[tuple[str, str]] = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(fd: int) -> None:
+        seen.append(("fsync", Path(f"/proc/self/fd/{fd}").readlink().name))
+        real_fsync(fd)
+
+    def replace(source: str, target: str, **directories: int) -> None:
+        seen.append(("replace", f"{source} -> {target}"))
+        real_replace(source, target, **directories)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    return seen
+
+
+# --- writing ---
+
+
+def test_each_input_is_synced_before_it_gets_its_name(
+    ramdisk: RamDisk, root: Path, calls: list[tuple[str, str]]
+) -> None:
+    ramdisk.write_inputs((InputFile("a.png", b"one"), InputFile("deep/er/b.png", b"two")))
+    kinds = [kind for kind, _ in calls]
+    assert kinds == ["fsync", "replace", "fsync", "replace"]
+    for (_, partial), (_, renamed), name in ((*calls[:2], "a.png"), (*calls[2:], "b.png")):
+        assert partial.endswith(".part")
+        assert renamed == f"{partial} -> {name}"
+    assert (root / "input/a.png").read_bytes() == b"one"
+    assert (root / "input/deep/er/b.png").read_bytes() == b"two"
+
+
+def test_a_write_that_breaks_off_leaves_nothing_under_the_name(
+    ramdisk: RamDisk, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RamDiskFull):
+        ramdisk.write_inputs((InputFile("a.png", b"one"),))
+    assert not (root / "input/a.png").exists()
+    monkeypatch.undo()
+    ramdisk.wipe()
+    assert list((root / "input").iterdir()) == []
+
+
+def test_inputs_larger_than_the_ram_disk_are_refused_before_the_first_byte(
+    ramdisk: RamDisk, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RamDisk, "free_bytes", lambda _: 5)
+    with pytest.raises(RamDiskFull) as caught:
+        ramdisk.write_inputs((InputFile("a.png", b"123"), InputFile("b.png", b"456")))
+    assert caught.value.details == {"needed_bytes": 6, "free_bytes": 5}
+    assert list((root / "input").iterdir()) == []
+
+
+def test_a_planted_symlink_is_not_written_through(ramdisk: RamDisk, root: Path, tmp_path: Path) -> None:
+    (root / "input/folder").symlink_to(tmp_path)
+    with pytest.raises(RamDiskError):
+        ramdisk.write_inputs((InputFile("folder/a.png", b"one"),))
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- reading ---
+
+
+def test_outputs_are_read_from_their_folders(ramdisk: RamDisk, root: Path) -> None:
+    (root / "output/a/b").mkdir(parents=True)
+    (root / "output/a/b/x.png").write_bytes(b"pixels")
+    assert ramdisk.size_of("output", "a/b", "x.png") == 6
+    assert ramdisk.read("output", "a/b", "x.png") == b"pixels"
+
+
+@pytest.mark.parametrize(
+    ("kind", "subfolder", "filename"),
+    [
+        ("output", "", "../run/secret"),
+        ("output", "..", "secret"),
+        ("output", "../run", "secret"),
+        ("output", "", "/etc/passwd"),
+        ("output", "", ".."),
+        ("output", "", ""),
+        ("run", "", "secret"),
+        ("output", "", "link"),
+        ("output", "linked", "secret"),
+        ("output", "", "pipe"),
+        ("output", "", "folder"),
+        ("output", "", "absent"),
+        ("output", "absent", "x"),
+    ],
+)
+def test_what_is_outside_or_no_plain_file_is_never_read(
+    ramdisk: RamDisk, root: Path, kind: str, subfolder: str, filename: str
+) -> None:
+    (root / "run/secret").write_text("secret")
+    (root / "output/link").symlink_to(root / "run/secret")
+    (root / "output/linked").symlink_to(root / "run")
+    (root / "output/folder").mkdir()
+    os.mkfifo(root / "output/pipe")
+    with pytest.raises(OutputMissing):
+        ramdisk.read(kind, subfolder, filename)
+
+
+# --- wiping ---
+
+
+def test_the_wipe_overwrites_every_file_before_it_unlinks_it(ramdisk: RamDisk, root: Path) -> None:
+    sizes = {"input/a.png": 10, "output/deep/er/b.png": 3 << 20, "temp/c.png": (1 << 20) + 1, "output/empty": 0}
+    held = {}
+    for name, size in sizes.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"\xff" * size)
+        held[name] = (root / name).open("rb")
+    ramdisk.wipe()
+    for name, stream in held.items():
+        with stream:
+            assert stream.read() == bytes(sizes[name])  # the inode lives as long as it is held
+    assert [list((root / name).iterdir()) for name in ("input", "output", "temp")] == [[], [], []]
+
+
+def test_the_wipe_removes_planted_things_without_touching_what_they_lead_to(
+    ramdisk: RamDisk, root: Path, tmp_path: Path
+) -> None:
+    outside = root / "run/kept"
+    outside.write_text("kept")
+    (tmp_path / "file").write_text("kept")
+    (root / "input/link").symlink_to(outside)
+    (root / "input/folder").symlink_to(tmp_path)
+    (root / "output/hard").hardlink_to(outside)
+    os.mkfifo(root / "temp/pipe")
+    ramdisk.wipe()
+    assert outside.read_text() == "kept"
+    assert (tmp_path / "file").read_text() == "kept"
+    assert [list((root / name).iterdir()) for name in ("input", "output", "temp")] == [[], [], []]
+
+
+def test_the_wipe_keeps_what_belongs_to_the_worker(ramdisk: RamDisk, root: Path) -> None:
+    (root / "run/comfyui").write_text("1 1")
+    ramdisk.wipe()
+    assert (root / "run/comfyui").read_text() == "1 1"
+
+
+def test_a_missing_temp_directory_is_no_error(ramdisk: RamDisk, root: Path) -> None:
+    (root / "temp").rmdir()
+    (root / "input/a").write_text("a")
+    ramdisk.wipe()
+    assert list((root / "input").iterdir()) == []
+
+
+@pytest.mark.parametrize("plant", ["nothing", "a directory", "a symlink"])
+def test_the_wipe_refuses_a_directory_without_its_marker_file(ramdisk: RamDisk, root: Path, plant: str) -> None:
+    (root / "input/photo.png").write_text("somebody's")
+    (root / MARKER).unlink()
+    if plant == "a directory":
+        (root / MARKER).mkdir()
+    elif plant == "a symlink":
+        (root / MARKER).symlink_to("/etc/hostname")
+    with pytest.raises(RamDiskError, match="marker"):
+        ramdisk.wipe()
+    assert (root / "input/photo.png").read_text() == "somebody's"
+
+
+def test_a_linked_job_directory_is_not_entered(ramdisk: RamDisk, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_text("somebody's")
+    (root / "output").rmdir()
+    (root / "output").symlink_to(tmp_path)
+    with pytest.raises(RamDiskError):
+        ramdisk.wipe()
+    assert (tmp_path / "photo.png").read_text() == "somebody's"
