@@ -154,10 +154,16 @@ class ComfyUI:
     # --- nodes ---
 
     def is_output_class(self, class_type: str) -> bool:
-        """True for classes that ComfyUI runs for their own sake (``output_node`` in /object_info)."""
+        """True for classes that ComfyUI runs for their own sake (``output_node`` in /object_info).
+
+        False for a name that it cannot look up: the workflow is the caller's, and POST /prompt says what is wrong.
+        """
         if class_type not in self._is_output_class:
-            info = self._get_json(f"/object_info/{urllib.parse.quote(class_type, safe='')}")
-            self._is_output_class[class_type] = bool(info.get(class_type, {}).get("output_node"))
+            quoted = urllib.parse.quote(class_type, safe="", errors="replace")
+            status, answer = self._call("GET", f"/object_info/{quoted}")
+            info = _as_json(answer) if status == 200 else None
+            known = info.get(class_type) if isinstance(info, dict) else None
+            self._is_output_class[class_type] = isinstance(known, dict) and bool(known.get("output_node"))
         return self._is_output_class[class_type]
 
     # --- HTTP ---

@@ -25,13 +25,16 @@ class Config:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
-        """Read ``environ`` (``os.environ``, or a plain dict in tests). Raises ConfigError."""
+        """Read ``environ`` (``os.environ``, or a plain dict in tests); an empty value is as good as none.
+
+        Raises ConfigError.
+        """
         limit_mb = _number(environ, "RESULT_LIMIT_MB", None, least=0.01, most=1000)
-        level = environ.get("LOG_LEVEL", "INFO").upper()
+        level = (environ.get("LOG_LEVEL") or "INFO").upper()
         if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise ConfigError(f"LOG_LEVEL is {level!r}; use DEBUG, INFO, WARNING or ERROR.")
         return cls(
-            ramdisk_dir=Path(environ.get("RAMDISK_DIR", "/dev/shm/comfyui")),
+            ramdisk_dir=Path(environ.get("RAMDISK_DIR") or "/dev/shm/comfyui"),
             comfyui_port=int(_required(environ, "COMFYUI_PORT", 8188, least=1, most=65535)),
             boot_timeout_s=_required(environ, "BOOT_TIMEOUT_S", 1800, least=1, most=86_400),
             job_timeout_s=_required(environ, "JOB_TIMEOUT_S", 3600, least=1, most=604_800),

@@ -35,8 +35,13 @@ class Feed:
         self._tried_at = self._clock()
         with _socket_trouble():
             # Checking UTF-8 in Python costs seconds on a 17 MiB progress_state flood; json.loads checks what is parsed.
+            # websocket-client 1.9.2 would send even loopback through an HTTP_PROXY of the environment.
             self._socket = websocket.create_connection(
-                self._url, timeout=CONNECT_TIMEOUT_S, skip_utf8_validation=True, enable_multithread=False
+                self._url,
+                timeout=CONNECT_TIMEOUT_S,
+                http_no_proxy=["127.0.0.1"],
+                skip_utf8_validation=True,
+                enable_multithread=False,
             )
 
     def reopen_if_due(self) -> None:

@@ -151,7 +151,6 @@ class _Run:
                 if self._is_last(message):
                     return
                 continue
-            self._comfyui.raise_if_dead()
             if not feed.is_open or self._terminal_seen or now - quiet_since >= QUIET_S:
                 if self._has_ended():
                     return
@@ -160,6 +159,7 @@ class _Run:
 
     def _has_ended(self) -> bool:
         """Ask ComfyUI itself. The queue first: a prompt enters the history in the same step in which it leaves it."""
+        self._comfyui.raise_if_dead()  # the one that answers may be its successor
         try:
             if self._comfyui.has_queued(self._outcome.prompt_id):
                 return False

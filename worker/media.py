@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import warnings
 import zlib
 
@@ -17,6 +18,13 @@ from worker.errors import MediaInvalid
 
 # Pillow refuses above twice its MAX_IMAGE_PIXELS; a 4-channel float32 tensor of that size takes 2.8 GB in ComfyUI.
 MAX_PIXELS = 178_956_970
+# What people send to LoadImage. Pillow knows more: obscure parsers, and EPS, whose decoding starts Ghostscript.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+# What Pillow's plug-ins raise on damaged files, beyond the OSError and SyntaxError that they promise (13.0, fuzzed).
+_DAMAGE = (
+    *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, TypeError, ArithmeticError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # A marker inside JPEG entropy-coded data: not a stuffed 00, a restart D0..D7 or a fill byte (ITU-T T.81, B.1.1).
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -26,7 +34,7 @@ def check_image(name: str, data: bytes) -> None:
     """Raise MediaInvalid unless ``data`` is a complete image that Pillow can identify.
 
     PNG: every chunk and CRC up to IEND. JPEG: every marker up to EOI (data behind it is allowed). WebP: the RIFF
-    size. Other formats are decoded in full. ``name`` is only used in the message.
+    size. GIF: every block up to the trailer. Other formats are decoded in full. ``name`` is only used in the message.
     """
     if not data:
         raise MediaInvalid(f"Image {name!r} is empty.", name=name)
@@ -44,15 +52,14 @@ def check_image(name: str, data: bytes) -> None:
 
 def _check_header(name: str, data: bytes) -> None:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
     except UnidentifiedImageError:
-        sentence = f"{name!r} is not an image that Pillow can read; video and audio go under 'files'."
+        sentence = f"{name!r} is not an image of a known format; video, audio and the rest go under 'files'."
         raise MediaInvalid(sentence, name=name) from None
     except Image.DecompressionBombError:
         raise MediaInvalid(f"Image {name!r} has more than {MAX_PIXELS} pixels; shrink it.", name=name) from None
-    # Pillow's plug-ins raise all of these on damaged headers.
-    except (OSError, ValueError, SyntaxError, EOFError, zlib.error) as error:
+    except _DAMAGE as error:
         raise MediaInvalid(f"Image {name!r} cannot be read ({type(error).__name__}).", name=name) from None
     if width * height > MAX_PIXELS:
         raise MediaInvalid(f"Image {name!r} has more than {MAX_PIXELS} pixels; shrink it.", name=name)
@@ -65,6 +72,8 @@ def _is_whole(data: bytes) -> bool:
         return _jpeg_is_whole(data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    if data.startswith(b"GIF8"):
+        return _gif_is_whole(data)
     return _decodes(data)
 
 
@@ -103,10 +112,34 @@ def _jpeg_is_whole(data: bytes) -> bool:
     return False
 
 
+def _gif_is_whole(data: bytes) -> bool:
+    """A full decode is no answer here: it ends with the first frame."""
+    position = 13 + _color_table_bytes(data[10])
+    while position < len(data):
+        block = data[position]
+        if block == 0x3B:  # the trailer
+            return True
+        if block == 0x2C and position + 10 <= len(data):  # an image: descriptor, colour table, code size
+            position += 11 + _color_table_bytes(data[position + 9])
+        elif block == 0x21:  # an extension: its label
+            position += 2
+        else:  # Pillow steps over stray bytes between blocks, too
+            position += 1
+            continue
+        while position < len(data) and data[position] != 0:  # sub-blocks, each led by its length
+            position += 1 + data[position]
+        position += 1
+    return False
+
+
+def _color_table_bytes(flags: int) -> int:
+    return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+
 def _decodes(data: bytes) -> bool:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
-    except (OSError, ValueError, SyntaxError, EOFError, zlib.error):
+    except _DAMAGE:
         return False
     return True

@@ -18,7 +18,9 @@ SYNC_LIMIT_BYTES = 20_000_000
 MARGIN = 0.98
 # Not the mimetypes module: its answers for WebP, FLAC and others depend on the machine's /etc/mime.types.
 _MEDIA_TYPES = {
+    ".avi": "video/x-msvideo",
     ".avif": "image/avif",
+    ".bmp": "image/bmp",
     ".exr": "image/x-exr",
     ".flac": "audio/flac",
     ".gif": "image/gif",
@@ -31,9 +33,11 @@ _MEDIA_TYPES = {
     ".mov": "video/quicktime",
     ".mp3": "audio/mpeg",
     ".mp4": "video/mp4",
+    ".ogg": "audio/ogg",
     ".opus": "audio/ogg",
     ".png": "image/png",
     ".svg": "image/svg+xml",
+    ".tif": "image/tiff",
     ".tiff": "image/tiff",
     ".txt": "text/plain",
     ".wav": "audio/wav",
@@ -108,7 +112,10 @@ def collect_outputs(outcome: RunOutcome, ramdisk: RamDisk, limit_bytes: int) -> 
 
 
 def _find_files(outcome: RunOutcome) -> list[_Output]:
-    """Every key of ``outputs[node_id]`` can hold files: images, gifs, audio, latents, ... (see facts of SaveVideo)."""
+    """Every key of ``outputs[node_id]`` can hold files: images, gifs, audio, latents, ...
+
+    SaveVideo and SaveWEBM name theirs under ``images`` (0.18.1, 0.3.64).
+    """
     found = [
         _Output(node_id, str(entry["filename"]), str(entry.get("subfolder") or ""), str(entry.get("type") or "output"))
         for node_id, output in outcome.outputs.items()

@@ -21,6 +21,7 @@ Workflow = dict[str, dict[str, Any]]
 
 KNOWN_KEYS = ("workflow", "images", "files", "debug", "timeout_s", "comfy_org_api_key")
 MAX_NAME_BYTES = 255  # what a file system takes for one part of a path
+MAX_NAMED_KEYS = 20  # a result with a sentence for each of a million unknown keys could not be posted
 MAX_TIMEOUT_S = 604_800  # RunPod's own upper bound for executionTimeout: 7 days
 _DATA_URI = re.compile(r"data:[^,]{0,200},", re.IGNORECASE)
 
@@ -70,15 +71,16 @@ def parse_job_input(job_input: object) -> JobRequest:
 
 
 def _unknown_key_warnings(job_input: dict[Any, Any]) -> list[str]:
+    unknown = [str(key)[:80] for key in job_input if key not in KNOWN_KEYS]
     warnings = []
-    for key in job_input:
-        if key in KNOWN_KEYS:
-            continue
-        near = difflib.get_close_matches(str(key), KNOWN_KEYS, n=1)
+    for key in unknown[:MAX_NAMED_KEYS]:
+        near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         if near == ["workflow"] and "workflow" not in job_input:
-            raise InputInvalid(f"The input has no 'workflow', but a key {str(key)[:80]!r}{hint}")
-        warnings.append(f"The input key {str(key)[:80]!r} is unknown and was ignored{hint}")
+            raise InputInvalid(f"The input has no 'workflow', but a key {key!r}{hint}")
+        warnings.append(f"The input key {key!r} is unknown and was ignored{hint}")
+    if len(unknown) > MAX_NAMED_KEYS:
+        warnings.append(f"{len(unknown) - MAX_NAMED_KEYS} more unknown input keys were ignored.")
     return warnings
 
 
@@ -113,7 +115,7 @@ def _parse_workflow(job_input: dict[Any, Any]) -> Workflow:
 
 def _check_node(node_id: object, node: object) -> None:
     shown = str(node_id)[:80]
-    if not isinstance(node, dict) or not isinstance(node.get("class_type"), str):
+    if not isinstance(node, dict) or not isinstance(node.get("class_type"), str) or not node["class_type"]:
         raise WorkflowInvalid(f"Node {shown!r} of the workflow has no 'class_type'; is this the API format?")
     if not isinstance(node.get("inputs"), dict):
         raise WorkflowInvalid(f"Node {shown!r} of the workflow has no 'inputs' object.")
@@ -142,11 +144,10 @@ def _pair_of_item(item: object, key: str, position: int) -> tuple[object, object
     return item["name"], content
 
 
-def _checked_name(raw: object, key: str) -> str:
-    """A relative path of plain parts, NFC-normalised, so that one name is one file."""
-    if not isinstance(raw, str) or not raw:
+def _checked_name(name: object, key: str) -> str:
+    """A relative path of plain parts, kept letter for letter: the workflow names the file in the same way."""
+    if not isinstance(name, str) or not name:
         raise InputInvalid(f"Every file of '{key}' needs a name (a string that is not empty).")
-    name = unicodedata.normalize("NFC", raw)
     shown = repr(name[:80])
     if any(ord(char) < 32 or 0xD800 <= ord(char) <= 0xDFFF for char in name) or "\\" in name:
         raise InputInvalid(f"The file name {shown} has a control character, a backslash or a broken character.")
@@ -180,11 +181,13 @@ def _decode(value: object, name: str) -> bytes:
 
 
 def _refuse_duplicates(files: list[InputFile]) -> None:
+    """Names that look the same (NFC and NFD) are one name: two files of it would be somebody's mistake."""
     seen: set[str] = set()
     for file in files:
-        if file.name in seen:
-            raise InputInvalid(f"Two files are named {file.name!r}; each name can be sent once.")
-        seen.add(file.name)
+        name = unicodedata.normalize("NFC", file.name)
+        if name in seen:
+            raise InputInvalid(f"Two files are named {name!r}; each name can be sent once.")
+        seen.add(name)
     for name in seen:
         folder = name
         while "/" in folder:
@@ -206,9 +209,9 @@ def _parse_flag(job_input: dict[Any, Any], key: str) -> bool:
 def _parse_timeout(value: object) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputInvalid("'timeout_s' must be a number of seconds.")
-    if not 0 < value <= MAX_TIMEOUT_S:
+    if not 0 < value <= MAX_TIMEOUT_S:  # also true for NaN
         raise InputInvalid(f"'timeout_s' must be above 0 and at most {MAX_TIMEOUT_S}.")
     return float(value)
 

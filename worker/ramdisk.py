@@ -45,9 +45,9 @@ class RamDisk:
         Raises RamDiskFull (before the first byte where the sizes already tell) or RamDiskError.
         """
         needed_bytes = sum(len(file.data) for file in files)
-        if needed_bytes > self.free_bytes():
-            raise self._full(needed_bytes)
         try:
+            if needed_bytes > self.free_bytes():
+                raise self._full(needed_bytes)
             for file in files:
                 self._write_durably(file)
         except OSError as error:
@@ -130,6 +130,8 @@ class RamDisk:
             raise OutputMissing(
                 f"ComfyUI's history names {shown!r}, which cannot be opened ({error.strerror}).", file=shown
             ) from None
+        except ValueError:  # a NUL or a lone surrogate
+            raise OutputMissing(f"ComfyUI's history names {shown!r}, as no file can be named.", file=shown) from None
         with _opened(file_fd):
             if not stat.S_ISREG(os.fstat(file_fd).st_mode):
                 raise OutputMissing(f"ComfyUI's history names {shown!r}, which is not a regular file.", file=shown)

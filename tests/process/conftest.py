@@ -149,7 +149,8 @@ class Driver:
 @contextlib.contextmanager
 def boot(log_path: Path, **settings: str) -> Iterator[Driver]:
     """A stack of its own, up and polling for jobs."""
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("RUNPOD_")}
+    own = ("RUNPOD_", "PYTHONDONTWRITEBYTECODE")  # the second would hide whether start.sh leaves a checkout alone
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(own)}
     with log_path.open("w") as log_file, running_stack({**environ, **settings}, log_file=log_file) as stack:
         wait_until_up(stack)
         driver = Driver(stack, log_path)

@@ -10,6 +10,11 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
     assert str(config.ramdisk_dir) == "/dev/shm/comfyui"
 
 
+def test_an_empty_value_is_as_good_as_none() -> None:
+    names = "RAMDISK_DIR COMFYUI_PORT BOOT_TIMEOUT_S JOB_TIMEOUT_S INTERRUPT_GRACE_S RESULT_LIMIT_MB LOG_LEVEL"
+    assert Config.from_env(dict.fromkeys(names.split(), "")) == Config.from_env({})
+
+
 def test_values_are_read_with_their_units() -> None:
     config = Config.from_env({"RESULT_LIMIT_MB": "1.5", "JOB_TIMEOUT_S": " 90 ", "LOG_LEVEL": "debug"})
     assert (config.result_limit_bytes, config.job_timeout_s, config.log_level) == (1_500_000, 90, "DEBUG")

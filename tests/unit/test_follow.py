@@ -69,6 +69,12 @@ def comfyui(server: tuple[int, Path]) -> Iterator[Recording]:
     client.clear_history()
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI is asked sooner when its websocket is quiet."""
+    monkeypatch.setattr(follow, "QUIET_S", 0.2)
+
+
 def run(
     comfyui: ComfyUI,
     workflow: Workflow,
@@ -87,6 +93,8 @@ def save_workflow(prefix: str = "saved") -> Workflow:
 
 
 def sleep_workflow(seconds: float) -> Workflow:
+    if "COMFYUI_DIR" in os.environ:
+        pytest.skip("real ComfyUI has no StandinSleep")
     workflow = save_workflow("slept")
     workflow["3"] = {"class_type": "StandinSleep", "inputs": {"image": ["1", 0], "seconds": seconds, "steps": 500}}
     workflow["2"]["inputs"]["images"] = ["3", 0]
@@ -268,6 +276,7 @@ def test_a_partly_valid_workflow_runs_and_warns(comfyui: Recording) -> None:
 
 @pytest.mark.parametrize("way", ["deadline", "cancellation", "somebody else's interrupt"])
 def test_a_stopped_run_is_out_of_comfyui_when_it_raises(comfyui: Recording, way: str) -> None:
+    workflow = sleep_workflow(15)
     control = JobControl(timeout_s=0.3 if way == "deadline" else 20)
     timer = threading.Timer(0.3, control.cancel)
     if way == "somebody else's interrupt":
@@ -277,7 +286,7 @@ def test_a_stopped_run_is_out_of_comfyui_when_it_raises(comfyui: Recording, way:
         timer.start()
     comfyui.sleep = threading.Event().wait  # real pauses between interrupts
     with pytest.raises(JobTimeout if way == "deadline" else JobCancelled):
-        run(comfyui, sleep_workflow(15), control)
+        run(comfyui, workflow, control)
     assert comfyui.queued_ids() == ([], [])
 
 
@@ -346,14 +355,29 @@ def test_the_follower_finds_the_end_without_the_websocket(
     comfyui: Recording, monkeypatch: pytest.MonkeyPatch, trouble: type[Feed]
 ) -> None:
     monkeypatch.setattr(follow, "Feed", trouble)
-    monkeypatch.setattr(follow, "QUIET_S", 0.2)
     assert len(filenames(run(comfyui, sleep_workflow(0.6)))) == 1
 
 
 def test_a_prompt_that_comfyui_no_longer_knows_is_a_crash(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "Feed", Silent)
-    monkeypatch.setattr(follow, "QUIET_S", 0.1)
     monkeypatch.setattr(comfyui, "has_queued", lambda _: False)
     monkeypatch.setattr(comfyui, "history", lambda _: None)
     with pytest.raises(ComfyUICrashed, match="no longer knows"):
         run(comfyui, save_workflow())
+
+
+def test_a_restart_in_mid_run_is_seen_although_the_new_one_answers(
+    server: tuple[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "Feed", Silent)
+    port, root = server
+    pid = (root / "run/comfyui").read_text().split()[0]
+    (tmp_path / "comfyui").write_text(f"{pid} 1")
+    client = Recording(port, ComfyUIProcess(tmp_path))
+    client.wait_ready(5)
+    restart = threading.Timer(0.3, (tmp_path / "comfyui").write_text, (f"{pid} 2",))
+    workflow = sleep_workflow(15)
+    restart.start()
+    with pytest.raises(ComfyUICrashed, match="in the middle of the job"):
+        run(client, workflow)
+    assert client.stop(client.queued_ids()[0], grace_s=10)

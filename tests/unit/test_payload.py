@@ -74,6 +74,12 @@ def test_an_unknown_key_is_a_warning_with_the_nearest_one() -> None:
     assert "'debug'" in warning
 
 
+def test_a_flood_of_unknown_keys_does_not_flood_the_result() -> None:
+    warnings = parse_job_input(job(**{f"key-{number}": 1 for number in range(50_000)})).warnings
+    assert warnings[-1].startswith(f"{50_000 - (len(warnings) - 1)} more unknown")
+    assert sum(map(len, warnings)) < 10_000
+
+
 @pytest.mark.parametrize(
     ("job_input", "error", "said"),
     [
@@ -88,6 +94,7 @@ def test_an_unknown_key_is_a_warning_with_the_nearest_one() -> None:
         ({"workflow": {"nodes": [], "links": [], "version": 0.4}}, WorkflowInvalid, "Export (API)"),
         ({"workflow": {"workflow": {"nodes": [], "links": []}}}, WorkflowInvalid, "Export (API)"),
         ({"workflow": {"7": {"inputs": {}}}}, WorkflowInvalid, "'7'"),
+        ({"workflow": {"7": {"class_type": "", "inputs": {}}}}, WorkflowInvalid, "'7'"),
         ({"workflow": {"7": {"class_type": "X", "inputs": None}}}, WorkflowInvalid, "'inputs'"),
         (job(images="a.png"), InputInvalid, "'images' must be"),
         (job(images=[CODED]), InputInvalid, "Item 0 of 'images'"),
@@ -100,13 +107,17 @@ def test_an_unknown_key_is_a_warning_with_the_nearest_one() -> None:
         (job(debug="yes"), InputInvalid, "'debug' must be true or false"),
         (job(timeout_s="5"), InputInvalid, "'timeout_s' must be a number"),
         (job(timeout_s=True), InputInvalid, "'timeout_s' must be a number"),
-        (job(timeout_s=math.nan), InputInvalid, "'timeout_s' must be a number"),
+        (job(timeout_s=math.nan), InputInvalid, "above 0"),
+        (job(timeout_s=math.inf), InputInvalid, "at most 604800"),
         (job(timeout_s=0), InputInvalid, "above 0"),
-        (job(timeout_s=10**9), InputInvalid, "at most 604800"),
+        (job(timeout_s=-1), InputInvalid, "above 0"),
+        (job(timeout_s=604_801), InputInvalid, "at most 604800"),
+        (job(timeout_s=10**400), InputInvalid, "at most 604800"),  # no float can hold it
         (job(comfy_org_api_key=5), InputInvalid, "must be a string"),
         (job(files={"a.png": "AAAA"}, images={"a.png": CODED}), InputInvalid, "Two files are named 'a.png'"),
         (job(files={"e\u0301": "AAAA", "\xe9": "AAAA"}), InputInvalid, "Two files are named"),
         (job(files={"a": "AAAA", "a/b": "AAAA"}), InputInvalid, "used as the folder"),
+        (job(files={"e\u0301": "AAAA", "\xe9/deep/b": "AAAA"}), InputInvalid, "used as the folder"),
     ],
 )
 def test_a_wrong_input_is_one_sentence(job_input: object, error: type[WorkerError], said: str) -> None:
@@ -130,6 +141,12 @@ def test_a_name_that_could_leave_the_input_directory_is_refused(name: str) -> No
 
 @pytest.mark.parametrize("name", ["a.png", "Bild äöü.png", "写真.jpg", "clipspace/clipspace-mask-1.png", "x" * 255])
 def test_ordinary_names_are_taken(name: str) -> None:
+    assert parse_job_input(job(files={name: "AAAA"})).files[0].name == name
+
+
+def test_a_name_is_kept_as_the_workflow_spells_it() -> None:
+    """macOS sends NFD names: written as NFC, ComfyUI would not find what its LoadImage asks for."""
+    name = "Cafe\u0301.png"
     assert parse_job_input(job(files={name: "AAAA"})).files[0].name == name
 
 

@@ -90,6 +90,11 @@ def test_inputs_larger_than_the_ram_disk_are_refused_before_the_first_byte(
     assert list((root / "input").iterdir()) == []
 
 
+def test_a_ram_disk_that_is_gone_is_a_fault_of_the_worker(tmp_path: Path) -> None:
+    with pytest.raises(RamDiskError):
+        RamDisk(tmp_path / "gone").write_inputs((InputFile("a.png", b"one"),))
+
+
 def test_a_planted_symlink_is_not_written_through(ramdisk: RamDisk, root: Path, tmp_path: Path) -> None:
     (root / "input/folder").symlink_to(tmp_path)
     with pytest.raises(RamDiskError):
@@ -117,6 +122,9 @@ def test_outputs_are_read_from_their_folders(ramdisk: RamDisk, root: Path) -> No
         ("output", "", ".."),
         ("output", "", ""),
         ("run", "", "secret"),
+        ("output", "", "a\0b"),
+        ("output", "a\0b", "x"),
+        ("output", "", "\ud800"),
         ("output", "", "link"),
         ("output", "linked", "secret"),
         ("output", "", "pipe"),
