@@ -105,9 +105,9 @@ def worker_settings(environ: Mapping[str, str], platform_url: str, api_key: str)
         settings |= {"COMFYUI_DIR": str(ROOT / "local" / "comfyui"), "COMFYUI_PYTHON": sys.executable}
     if not Path("/dev/nvidiactl").exists():
         settings["COMFYUI_ARGS"] = "--cpu"
-    # The SDK prefers a key from ~/.runpod/config.toml to the one in its environment.
-    home = {"HOME": f"{ramdisk_dir}/user"}
-    return {**settings, **environ, **home, **worker_environment(platform_url, ENDPOINT, api_key, worker_id)}
+    platform = worker_environment(platform_url, ENDPOINT, api_key, worker_id)
+    # The SDK prefers a key from ~/.runpod/config.toml to the one in its environment, so it gets another home.
+    return {**settings, **environ, **platform, "MODE": "serverless", "HOME": f"{ramdisk_dir}/user"}
 
 
 def start(
