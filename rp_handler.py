@@ -31,7 +31,7 @@ from worker.follow import Progress, run_workflow
 from worker.outputs import collect_outputs, result_limit_bytes
 from worker.payload import JobRequest, json_safe, parse_job_input
 from worker.process import ComfyUIProcess
-from worker.ramdisk import JOB_DIRECTORIES, RamDisk
+from worker.ramdisk import RamDisk
 
 log = logging.getLogger("handler")
 current_job_id: contextvars.ContextVar[str] = contextvars.ContextVar("job_id", default="-")
@@ -62,6 +62,7 @@ class Worker:
             state = self.comfyui.wait_ready(min(self.config.boot_timeout_s, control.remaining_s()), control.check)
             self.comfyui.clear_queue(self.config.interrupt_grace_s)
             self.comfyui.clear_history()
+            self.process.scrub_log()
             self.ramdisk.wipe()
         with self._wiped_afterwards(request, steps):
             with steps("write"):
@@ -101,19 +102,17 @@ class Worker:
                     self._wipe()
 
     def _wipe(self) -> None:
-        try:
-            self.ramdisk.wipe()
-            self.process.scrub_log()
-            self.comfyui.clear_history()
-        except (RamDiskError, ComfyUIUnavailable, ComfyUICrashed) as error:
-            # The caller still gets the result; the next job's second step tries again and refuses to run.
-            log.error("%s", error)
+        for step in (self.ramdisk.wipe, self.process.scrub_log, self.comfyui.clear_history):
+            try:
+                step()
+            except (RamDiskError, ComfyUIUnavailable, ComfyUICrashed) as error:
+                # The caller still gets the result; the next job's second step tries again and refuses to run.
+                log.error("%s", error)
 
     def _diagnostics(self) -> dict[str, Any]:
-        folders = [self.config.ramdisk_dir / name for name in JOB_DIRECTORIES]
         return {
             "kept_until": "the next job on this worker",
-            "files": sorted(str(path) for folder in folders for path in folder.rglob("*") if path.is_file()),
+            "files": self.ramdisk.list_job_files(),
             "free_bytes": self.ramdisk.free_bytes(),
             "comfyui_log": self.process.log_tail(),
         }

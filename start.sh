@@ -33,18 +33,25 @@ setup_environment() {
     if [[ -z ${MODE:-} ]]; then
         if [[ -n ${RUNPOD_WEBHOOK_GET_JOB:-} ]]; then MODE=serverless; else MODE=pod; fi
     fi
+    local name
+    for name in COMFYUI_DIR COMFYUI_PYTHON WORKER_PYTHON RAMDISK_DIR; do # a relative path would mean another after cd
+        [[ ${!name} != */* || ${!name} == /* ]] || printf -v "$name" '%s/%s' "$PWD" "${!name}"
+    done
     export COMFYUI_DIR COMFYUI_PORT RAMDISK_DIR MODELS
     # Our own checks say what is wrong; the SDK's would end the worker over a full model disk or a closed network.
     export RUNPOD_SKIP_AUTO_SYSTEM_CHECKS=true RUNPOD_SKIP_GPU_CHECK=true
     # At its default, DEBUG, the SDK logs results and progress (runpod 1.12.0).
     export RUNPOD_LOG_LEVEL=${RUNPOD_LOG_LEVEL:-INFO}
 
+    ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || die 2 "bash is older than 5.1; its wait cannot supervise."
     [[ $MODE == serverless || $MODE == pod ]] || die 2 "MODE is '$MODE'; set it to serverless or pod."
-    [[ $COMFYUI_PORT =~ ^[0-9]+$ ]] || die 2 "COMFYUI_PORT is '$COMFYUI_PORT'; set it to a port number."
+    for name in COMFYUI_PORT COMFYUI_MAX_DEATHS RAMDISK_MIN_MB SSH_PORT; do
+        [[ ${!name} =~ ^[0-9]{1,9}$ ]] || die 2 "$name is '${!name}'; set it to a whole number."
+    done
     [[ -f $COMFYUI_DIR/main.py ]] || die 2 "There is no ComfyUI in COMFYUI_DIR=$COMFYUI_DIR (no main.py)."
     command -v -- "$COMFYUI_PYTHON" >/dev/null || die 2 "COMFYUI_PYTHON=$COMFYUI_PYTHON is no program."
     command -v -- "$WORKER_PYTHON" >/dev/null || die 2 "WORKER_PYTHON=$WORKER_PYTHON is no program."
-    [[ " $COMFYUI_ARGS" != *' --listen'* && " $COMFYUI_ARGS" != *' --port'* ]] ||
+    [[ ! $COMFYUI_ARGS =~ (^|[[:space:]])--(listen|port)($|[[:space:]=]) ]] ||
         die 2 "COMFYUI_ARGS has --listen or --port; ComfyUI binds 127.0.0.1 only, and its port is COMFYUI_PORT."
     ! is_listening || die 2 "Port $COMFYUI_PORT is taken by another program; set COMFYUI_PORT to a free one."
 }
@@ -70,11 +77,10 @@ claim_ramdisk() {
 # usage: prepare_ramdisk   wipes what a killed worker left behind, and measures
 prepare_ramdisk() {
     local free_mb
-    if [[ -n $(find "$RAMDISK_DIR"/{input,output,temp} -mindepth 1 -print -quit) ]]; then
+    if [[ -n $(find "$RAMDISK_DIR"/{input,output,temp,run,user} -mindepth 1 -print -quit) ]]; then
         log WARNING "Wiping what an earlier worker left in $RAMDISK_DIR."
         wipe_ramdisk || die 1 "The leftovers in $RAMDISK_DIR cannot be wiped."
     fi
-    rm -rf -- "${RAMDISK_DIR:?}/run/"*
     free_mb=$(($(stat -f -c '%a * %S' -- "$RAMDISK_DIR") / 1048576))
     log INFO "RAM disk $RAMDISK_DIR: $free_mb MB free."
     ((free_mb >= RAMDISK_MIN_MB)) ||
@@ -83,7 +89,7 @@ prepare_ramdisk() {
         log WARNING "$RAMDISK_DIR is not on a RAM disk: inputs and outputs will reach a real disk."
 }
 
-# usage: wipe_ramdisk   overwrites and removes inputs, outputs and temporary files
+# usage: wipe_ramdisk   overwrites and removes everything but the directories themselves
 wipe_ramdisk() {
     (cd -- "$WORKER_DIR" && "$WORKER_PYTHON" -m worker.ramdisk "$RAMDISK_DIR")
 }
@@ -95,10 +101,21 @@ start_sshd() {
         log WARNING "PUBLIC_KEY is set, but there is no /usr/sbin/sshd; no SSH."
         return 0
     fi
-    (umask 077 && mkdir -p -- "$SSH_DIR" /run/sshd && printf '%s\n' "${PUBLIC_KEY//$'\r'/}" >"$SSH_DIR/authorized_keys")
-    # Made at boot: a key inside the image would be the same, and known, on every machine.
-    [[ -e $SSH_DIR/host_key ]] || ssh-keygen -q -t ed25519 -N '' -f "$SSH_DIR/host_key"
-    cat >"$SSH_DIR/sshd_config" <<CONFIG
+    if ! write_ssh_files 2>/dev/null; then
+        log WARNING "The files of sshd cannot be written to SSH_DIR=$SSH_DIR; no SSH."
+        return 0
+    fi
+    log INFO "SSH on port $SSH_PORT, host key $(ssh-keygen -l -f "$SSH_DIR/host_key.pub" | cut -d' ' -f2)."
+    /usr/sbin/sshd -D -e -f "$SSH_DIR/sshd_config" &
+    sshd_pid=$!
+}
+
+# usage: write_ssh_files   keys and configuration; false where any of them cannot be written
+write_ssh_files() {
+    (umask 077 && mkdir -p -- "$SSH_DIR" /run/sshd && printf '%s\n' "${PUBLIC_KEY//$'\r'/}" >"$SSH_DIR/authorized_keys") &&
+        # Made at boot: a key inside the image would be the same, and known, on every machine.
+        { [[ -e $SSH_DIR/host_key ]] || ssh-keygen -q -t ed25519 -N '' -f "$SSH_DIR/host_key"; } &&
+        cat >"$SSH_DIR/sshd_config" <<CONFIG
 Port $SSH_PORT
 HostKey $SSH_DIR/host_key
 AuthorizedKeysFile $SSH_DIR/authorized_keys
@@ -112,9 +129,6 @@ PermitOpen 127.0.0.1:$COMFYUI_PORT
 AllowAgentForwarding no
 X11Forwarding no
 CONFIG
-    log INFO "SSH on port $SSH_PORT, host key $(ssh-keygen -l -f "$SSH_DIR/host_key.pub" | cut -d' ' -f2)."
-    /usr/sbin/sshd -D -e -f "$SSH_DIR/sshd_config" &
-    sshd_pid=$!
 }
 
 # usage: start_models   links at once what needs no network; downloads the rest beside ComfyUI's boot
@@ -137,15 +151,15 @@ on_models_end() {
 
 # usage: start_comfyui   on 127.0.0.1 always, with its files on the RAM disk and without the worker's secrets
 start_comfyui() {
-    local log_file=$RAMDISK_DIR/run/comfyui.log log_start extra_args
-    local args=(
+    local log_file=$RAMDISK_DIR/run/comfyui.log log_start args
+    read -rd '' -a args <<<"$COMFYUI_ARGS" || true
+    args+=( # after COMFYUI_ARGS: of two equal flags argparse takes the last, whatever the first was abbreviated to
         --listen 127.0.0.1 --port "$COMFYUI_PORT" --disable-auto-launch
         --input-directory "$RAMDISK_DIR/input" --output-directory "$RAMDISK_DIR/output"
         --temp-directory "$RAMDISK_DIR" # ComfyUI appends /temp
         --user-directory "$RAMDISK_DIR/user" --database-url sqlite:///:memory:
     )
     [[ $API_NODES == 1 ]] || args+=(--disable-api-nodes) # a second of boot (0.18.1)
-    read -ra extra_args <<<"$COMFYUI_ARGS"
     touch -- "$log_file"
     log_start=$(($(stat -c %s -- "$log_file") + 1))
     generation=$((generation + 1))
@@ -153,7 +167,7 @@ start_comfyui() {
         cd -- "$COMFYUI_DIR"
         unset "${!RUNPOD_@}" "${!BUCKET_@}" "${!AWS_@}" HF_TOKEN HUGGING_FACE_HUB_TOKEN PUBLIC_KEY
         export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 # a checkout is never changed; the log is never late
-        exec setsid "$COMFYUI_PYTHON" main.py "${args[@]}" ${extra_args[@]+"${extra_args[@]}"}
+        exec setsid "$COMFYUI_PYTHON" main.py "${args[@]}"
     ) >>"$log_file" 2>&1 &
     comfyui_pid=$!
     # The handler compares generations; it must never read half a line.
@@ -173,12 +187,15 @@ follow_comfyui_log() {
             wait "$tail_pid" || true # it ends by itself within a second
             return 0
         fi
-        sleep 0.1
+        sleep 0.05
     done
-    touch -- "$RAMDISK_DIR/run/listened"
-    log INFO "ComfyUI listens on 127.0.0.1:$COMFYUI_PORT after $((SECONDS - started)) s."
     # Later lines can hold what callers sent: ComfyUI prints the values of refused workflows.
-    [[ $COMFYUI_LOG == stdout ]] || kill "$tail_pid" 2>/dev/null || true
+    if [[ $COMFYUI_LOG != stdout ]]; then
+        kill "$tail_pid" 2>/dev/null || true
+        wait "$tail_pid" || true
+    fi
+    log INFO "ComfyUI listens on 127.0.0.1:$COMFYUI_PORT after $((SECONDS - started)) s."
+    echo "$generation" >"$RAMDISK_DIR/run/listened" # only now the handler takes jobs
     wait "$tail_pid" || true
 }
 
@@ -194,9 +211,11 @@ on_comfyui_death() {
     local hint=''
     [[ $1 != 137 ]] || hint=' (SIGKILL: out of memory, or killed by the handler)'
     kill_group "$comfyui_pid" # what its nodes have started may hold the GPU
-    log ERROR "ComfyUI ended with code $1$hint; the end of its log:"
-    tail -n 20 -- "$RAMDISK_DIR/run/comfyui.log" >&2
-    [[ -e $RAMDISK_DIR/run/listened ]] || die 1 "ComfyUI died while booting; see its log above."
+    log ERROR "ComfyUI ended with code $1$hint."
+    if [[ $(cat -- "$RAMDISK_DIR/run/listened" 2>/dev/null) != "$generation" ]]; then # else it may hold a caller's words
+        tail -n 20 -- "$RAMDISK_DIR/run/comfyui.log" >&2
+    fi
+    [[ -e $RAMDISK_DIR/run/listened ]] || die 1 "ComfyUI died while booting; the end of its log is above."
     if [[ $(cat -- "$RAMDISK_DIR/run/last-success" 2>/dev/null) == "$generation" ]]; then deaths=0; fi
     deaths=$((deaths + 1))
     ((deaths < COMFYUI_MAX_DEATHS)) || die 1 "ComfyUI died $deaths times without finishing a job; giving up."

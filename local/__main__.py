@@ -115,6 +115,12 @@ def start(
 ) -> subprocess.Popen[str]:
     """A child in a session of its own, so that Ctrl-C reaches only us and we end it in order; it never outlives us."""
     libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        # A shell starts what goes into the background with SIGINT ignored, and bash cannot trap it then.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -124,7 +130,7 @@ def start(
         stderr=log_file,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+        preexec_fn=prepare,
     )
 
 
@@ -141,14 +147,16 @@ def run_command(stack: Stack, command: list[str], environ: Mapping[str, str]) ->
     """Run ``command`` against the stack; returns its exit code. Raises LocalError if the stack dies under it."""
     words = [word.replace("{url}", stack.api_url) for word in command]
     access = {"RUNPOD_API_KEY": stack.api_key, "RUNPOD_ENDPOINT_ID": ENDPOINT}
-    client = subprocess.Popen(words, env={**environ, **access}, stdin=subprocess.DEVNULL)
+    try:
+        client = subprocess.Popen(words, env={**environ, **access}, stdin=subprocess.DEVNULL, text=True)
+    except OSError as error:
+        raise LocalError(f"{command[0]} cannot be started: {error.strerror}.") from error
     try:
         while client.poll() is None:
             stack.raise_if_down()
             time.sleep(POLL_S)
     finally:
-        client.terminate()
-        client.wait()
+        stop(client)
     return client.returncode
 
 

@@ -20,6 +20,7 @@ from worker.process import ComfyUIProcess, ProcessState
 HTTP_TIMEOUT_S = 10.0  # ComfyUI's event loop can stall for seconds while a node holds the GIL
 SUBMIT_TIMEOUT_S = 60.0  # validation hashes the input files and lists the model folders, on a network volume too
 READY_POLL_S = 0.05
+HUNG_S = 30.0  # a ComfyUI that has answered before and then does not for so long, with nothing to do, is killed
 QUEUE_POLL_S = 0.02
 MAX_SHOWN_CHARS = 500
 
@@ -56,15 +57,18 @@ class ComfyUI:
         Raises ComfyUIUnavailable after ``timeout_s``. A start that dies is replaced by `start.sh`, or the container
         ends with it, so waiting on is right as long as there is time.
         """
-        deadline = self.clock() + timeout_s
+        started = self.clock()
         while True:
             check()
             state = self.process.state()
-            if state is not None and self.process.is_alive(state) and self._answers():
+            if state is not None and self.process.has_booted(state) and self._answers():
                 if state != self._generation:  # another start may have other nodes
                     self._generation, self._is_output_class = state, {}
                 return state
-            if self.clock() >= deadline:
+            waited_s = self.clock() - started
+            if state is not None and state == self._generation and waited_s >= HUNG_S:
+                self.process.kill(state)  # `start.sh` starts the next one
+            if waited_s >= timeout_s:
                 raise ComfyUIUnavailable(
                     f"ComfyUI did not answer on port {self.port} within {timeout_s:g} s.", log=self.process.log_tail()
                 )
@@ -213,7 +217,7 @@ def _rejection(status: int, content: Any) -> PromptRejected:
         return PromptRejected(f"ComfyUI refused the workflow with status {status}; is it in API format?", status=status)
     node_errors = content.get("node_errors")
     # For a fault of an upstream node, error.details is empty and only node_errors tell what is wrong.
-    sentences = _node_sentences(node_errors) or [_joined(error.get("message"), error.get("details"))]
+    sentences = _node_sentences(node_errors) or [_whole_sentence(error)]
     return PromptRejected(
         "ComfyUI refused the workflow: " + " ".join(sentences),
         type=error.get("type"),
@@ -231,8 +235,19 @@ def _node_sentences(node_errors: Any) -> list[str]:
     ]
 
 
+def _whole_sentence(error: dict[str, Any]) -> str:
+    """For a refusal that names no node of its own."""
+    if error.get("type") == "prompt_outputs_failed_validation":  # not a word more for a cycle (0.18.1, 0.3.64)
+        return "None of its outputs is valid; do its links form a cycle?"
+    message, details = str(error.get("message")), error.get("details")
+    class_type = (error.get("extra_info") or {}).get("class_type")
+    if class_type and class_type not in message:  # 0.18.1 names an unknown node by its title
+        details = f"{details}, class {class_type}"
+    return _joined(message, details)
+
+
 def _joined(message: Any, details: Any) -> str:
-    text = f"{message}: {details}" if details else str(message)
+    text = f"{str(message).rstrip('.')}: {details}" if details else str(message)
     return text[:MAX_SHOWN_CHARS].rstrip(".") + "."
 
 

@@ -21,7 +21,7 @@ WorkerError
 │   ├── NoOutput              NO_OUTPUT             the run succeeded and gave nothing
 │   └── ResultTooLarge        RESULT_TOO_LARGE      the answer would not pass RunPod's size limit
 └── WorkerFault
-    ├── RamDiskError          RAM_DISK_ERROR        the RAM disk is not usable
+    ├── RamDiskError          RAM_DISK_ERROR        the RAM disk is not usable; the worker is replaced
     ├── RamDiskFull           RAM_DISK_FULL         no room for the inputs
     ├── ComfyUIUnavailable    COMFYUI_UNAVAILABLE   it does not answer
     └── ComfyUICrashed        COMFYUI_CRASHED       the process ended in the middle of the job
@@ -124,6 +124,7 @@ class WorkerFault(WorkerError):
 
 class RamDiskError(WorkerFault):
     code = "RAM_DISK_ERROR"
+    replace_worker = True  # what cannot be wiped must not meet the next caller
 
 
 class RamDiskFull(WorkerFault):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ class Feed:
 
     def __init__(self, port: int, client_id: str, clock: Callable[[], float]) -> None:
         self.client_id = client_id
+        self._port = port
         self._url = f"ws://127.0.0.1:{port}/ws?clientId={client_id}"
         self._clock = clock
         self._socket: websocket.WebSocket | None = None
@@ -35,11 +37,11 @@ class Feed:
         self._tried_at = self._clock()
         with _socket_trouble():
             # Checking UTF-8 in Python costs seconds on a 17 MiB progress_state flood; json.loads checks what is parsed.
-            # websocket-client 1.9.2 would send even loopback through an HTTP_PROXY of the environment.
+            # A socket of our own: websocket-client 1.9.2 sends even loopback through an HTTP_PROXY of the environment.
             self._socket = websocket.create_connection(
                 self._url,
                 timeout=CONNECT_TIMEOUT_S,
-                http_no_proxy=["127.0.0.1"],
+                socket=socket.create_connection(("127.0.0.1", self._port), CONNECT_TIMEOUT_S),
                 skip_utf8_validation=True,
                 enable_multithread=False,
             )

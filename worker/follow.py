@@ -7,6 +7,7 @@ a job. ComfyUI's message order is the same in 0.18.1, 0.3.75 and 0.3.64: ``execu
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import uuid
@@ -36,6 +37,8 @@ TICK_S = 0.1  # how soon a cancellation, a deadline or a dead process is seen
 QUIET_S = 2.0  # without a message for so long, /queue and /history are asked
 HISTORY_WAITS_S = (0.010, 0.050, 0.250, 1.250, 6.250)
 MAX_TRACEBACK_LINES = 8
+MAX_LINE_CHARS = 500
+MAX_MESSAGE_CHARS = 4000  # a failure has RunPod's size limit too
 _PREVIEW_EVENT = 1  # binary frame: u32 event, u32 format, image (ComfyUI's protocol.py)
 
 Progress = dict[str, Any]
@@ -146,12 +149,14 @@ class _Run:
             self._control.check()
             message = feed.receive(TICK_S)
             now = self._comfyui.clock()
-            if message is not None:
-                quiet_since = now
+            if isinstance(message, bytes):
+                self._take_binary(message)
+            elif message is not None and self._is_ours(message):
+                quiet_since = now  # nodes of others may chatter on: that says nothing about this prompt
                 if self._is_last(message):
                     return
-                continue
-            if not feed.is_open or self._terminal_seen or now - quiet_since >= QUIET_S:
+            ended_unheard = self._terminal_seen and message is None
+            if not feed.is_open or ended_unheard or now - quiet_since >= QUIET_S:
                 if self._has_ended():
                     return
                 quiet_since = now
@@ -186,28 +191,28 @@ class _Run:
     def _read_history(self) -> dict[str, Any]:
         """The history race: just after ``execution_success`` the record is not there in a third of all looks, for up
         to 12 ms (0.18.1: sent in execution.py, stored in main.py); after ``executing{node: null}`` it always was."""
-        for wait_s in (*HISTORY_WAITS_S, None):
-            record = self._comfyui.history(self._outcome.prompt_id)
-            if record is not None:
-                return record
-            if wait_s is None:
-                break
+        for wait_s in HISTORY_WAITS_S:
+            with contextlib.suppress(ComfyUIUnavailable):  # a stall is no reason to lose a finished run
+                record = self._comfyui.history(self._outcome.prompt_id)
+                if record is not None:
+                    return record
             self._control.check()
             self._comfyui.sleep(wait_s)
+        record = self._comfyui.history(self._outcome.prompt_id)
+        if record is not None:
+            return record
         raise HistoryMissing(
             f"ComfyUI ran the workflow but has no history of it after {sum(HISTORY_WAITS_S):.1f} s; send the job again."
         )
 
     # --- messages ---
 
-    def _is_last(self, message: bytes | dict[str, Any]) -> bool:
-        if isinstance(message, bytes):
-            self._take_binary(message)
-            return False
+    def _is_ours(self, message: dict[str, Any]) -> bool:
         data = message.get("data")
-        if not isinstance(data, dict) or data.get("prompt_id") != self._outcome.prompt_id:
-            return False
-        kind = message.get("type")
+        return isinstance(data, dict) and data.get("prompt_id") == self._outcome.prompt_id
+
+    def _is_last(self, message: dict[str, Any]) -> bool:
+        kind, data = message.get("type"), message["data"]
         if kind == "executing":
             if data.get("node") is None:
                 return True
@@ -256,19 +261,21 @@ def _raise_if_failed(status: dict[str, Any]) -> None:
         raise JobCancelled("The workflow was interrupted in ComfyUI.")
     error = messages["execution_error"]
     kind = str(error.get("exception_type"))
-    message = str(error.get("exception_message")).strip()
+    message = str(error.get("exception_message")).strip()[:MAX_MESSAGE_CHARS]
     where = f"Node {error.get('node_id')} ({error.get('node_type')})"
+    lines = "".join(error.get("traceback") or []).splitlines()
     details = {
         "node_id": error.get("node_id"),
         "node_type": error.get("node_type"),
         "exception_type": kind,
         "exception_message": message,
-        "traceback": "".join(error.get("traceback") or []).splitlines()[-MAX_TRACEBACK_LINES:],
+        "traceback": [line[:MAX_LINE_CHARS] for line in lines[-MAX_TRACEBACK_LINES:]],
     }
-    if kind.endswith("OutOfMemoryError"):
+    if kind.endswith("OutOfMemoryError") or "CUDA error: out of memory" in message:
         raise OutOfGpuMemory(
             f"{where} ran out of GPU memory; use a smaller picture or batch, or a larger GPU.", **details
         )
-    if "CUDA error" in message:  # sticky: every later CUDA call of the process fails too (CUDA runtime documentation)
+    if "CUDA error:" in message:  # sticky: every later CUDA call of the process fails too (CUDA runtime documentation)
         raise GpuBroken(f"{where} met a GPU fault; this worker is being replaced, send the job again.", **details)
-    raise ExecutionFailed(f"{where} failed: {kind}: {message.splitlines()[0] if message else ''}", **details)
+    first_line = message.partition("\n")[0][:MAX_LINE_CHARS]
+    raise ExecutionFailed(f"{where} failed: {kind}: {first_line}", **details)

@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
+from worker.errors import RamDiskError
 from worker.ramdisk import overwrite_with_zeros
 
 LOG_TAIL_BYTES = 16_384
@@ -29,6 +30,7 @@ class ComfyUIProcess:
     def __init__(self, run_dir: Path) -> None:
         self._state_path = run_dir / "comfyui"
         self._log_path = run_dir / "comfyui.log"
+        self._listened_path = run_dir / "listened"
         self._success_path = run_dir / "last-success"
 
     def state(self) -> ProcessState | None:
@@ -38,6 +40,14 @@ class ComfyUIProcess:
             return ProcessState(int(pid), int(generation))
         except (FileNotFoundError, ValueError):
             return None
+
+    def has_booted(self, state: ProcessState) -> bool:
+        """True for a living process whose port `start.sh` has seen open; from then on its log is no longer forwarded
+        to the container's, so no line about a job gets there."""
+        try:
+            return int(self._listened_path.read_text()) == state.generation and self.is_alive(state)
+        except (FileNotFoundError, ValueError):
+            return False
 
     def is_alive(self, state: ProcessState) -> bool:
         """True while ``state`` is the current start and its process is no zombie."""
@@ -58,8 +68,9 @@ class ComfyUIProcess:
     def note_success(self, state: ProcessState) -> None:
         """Tell `start.sh` that this start finished a job, so its death counts as the first again."""
         partial = self._success_path.with_suffix(".part")
-        partial.write_text(f"{state.generation}\n")
-        partial.replace(self._success_path)
+        with contextlib.suppress(OSError):  # a full RAM disk is no reason to lose a finished job
+            partial.write_text(f"{state.generation}\n")
+            partial.replace(self._success_path)
 
     def log_tail(self, lines: int = 15) -> list[str]:
         """The last lines of ComfyUI's log."""
@@ -69,13 +80,19 @@ class ComfyUIProcess:
                 text = stream.read().decode(errors="replace")
         except FileNotFoundError:
             return []
-        return [line.rstrip("\x00 ") for line in text.splitlines() if line.strip("\x00 ")][-lines:]
+        # Zeros: `scrub_log` may be at work.
+        found = (line.strip("\0").rstrip() for line in text.splitlines())
+        return [line for line in found if line][-lines:]
 
     def scrub_log(self) -> None:
         """Overwrite and empty the log: ComfyUI prints the values of refused workflows (execution.py, 0.18.1).
 
-        ComfyUI has it open with O_APPEND, so it writes on from the new start.
+        ComfyUI has it open with O_APPEND, so it writes on from the new start. Raises RamDiskError.
         """
-        with contextlib.suppress(FileNotFoundError):
+        try:
             overwrite_with_zeros(self._log_path)
             os.truncate(self._log_path, 0)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise RamDiskError(f"ComfyUI's log cannot be overwritten ({error.strerror}).") from error

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MARKER = ".comfy-endpoint-ramdisk"
 JOB_DIRECTORIES = ("input", "output", "temp")
+MAX_LISTED_FILES = 200
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ZEROS = bytes(1 << 20)  # 64 KiB to 1 MiB pieces are the fastest way to overwrite on tmpfs (measured)
@@ -77,8 +78,8 @@ class RamDisk:
         with self._open_file(kind, subfolder, filename) as file_fd, os.fdopen(file_fd, "rb", closefd=False) as stream:
             return stream.read()
 
-    def wipe(self) -> None:
-        """Overwrite with zeros and remove all that is below ``input``, ``output`` and ``temp``.
+    def wipe(self, directories: tuple[str, ...] = JOB_DIRECTORIES) -> None:
+        """Overwrite with zeros and remove all that is below ``directories``.
 
         Raises RamDiskError, also when the marker file is missing: then this is no directory of ours.
         """
@@ -86,12 +87,25 @@ class RamDisk:
             with _opened(os.open(self.root, _DIRECTORY)) as root_fd:
                 if not stat.S_ISREG(os.stat(MARKER, dir_fd=root_fd, follow_symlinks=False).st_mode):
                     raise RamDiskError(f"{self.root} has no marker file {MARKER}; refusing to wipe it.")
-                for name in JOB_DIRECTORIES:
+                for name in directories:
                     self._wipe_below(name, root_fd)
         except FileNotFoundError:
             raise RamDiskError(f"{self.root} has no marker file {MARKER}; refusing to wipe it.") from None
         except OSError as error:
             raise RamDiskError(f"{self.root} cannot be wiped ({error.strerror}).") from error
+
+    def list_job_files(self) -> list[str]:
+        """Paths of what a job has left, sorted; at most MAX_LISTED_FILES, because it goes into a result."""
+        found: list[str] = []
+        pending = [self.root / name for name in JOB_DIRECTORIES]
+        while pending and len(found) < MAX_LISTED_FILES:
+            with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(Path(entry.path))
+                    else:
+                        found.append(entry.path)
+        return sorted(found)[:MAX_LISTED_FILES]
 
     @staticmethod
     def _wipe_below(name: str, root_fd: int) -> None:
@@ -162,20 +176,29 @@ def _opened(file_fd: int) -> Iterator[int]:
         os.close(file_fd)
 
 
-def _wipe_directory(directory_fd: int) -> None:
+def _wipe_directory(top_fd: int) -> None:
+    """Without recursion, which a prefix such as "a/a/a/..." would exhaust: the folders in a folder move up first."""
+    while folders := _wipe_files(top_fd):
+        for folder in folders:
+            # Anything can vanish meanwhile: a ComfyUI that dies removes its own temp directory.
+            with contextlib.suppress(FileNotFoundError):
+                with _opened(os.open(folder, _DIRECTORY, dir_fd=top_fd)) as folder_fd:
+                    for inner in _wipe_files(folder_fd):
+                        os.rename(inner, f".{secrets.token_hex(8)}", src_dir_fd=folder_fd, dst_dir_fd=top_fd)
+                os.rmdir(folder, dir_fd=top_fd)
+
+
+def _wipe_files(directory_fd: int) -> list[str]:
+    """Wipe what is no directory; returns the names of the directories."""
     with os.scandir(directory_fd) as scan:
         entries = list(scan)
     for entry in entries:
-        # A file can vanish meanwhile: a ComfyUI that dies removes its own temp directory.
-        with contextlib.suppress(FileNotFoundError):
-            if entry.is_dir(follow_symlinks=False):
-                with _opened(os.open(entry.name, _DIRECTORY, dir_fd=directory_fd)) as child_fd:
-                    _wipe_directory(child_fd)
-                os.rmdir(entry.name, dir_fd=directory_fd)
-            else:
+        if not entry.is_dir(follow_symlinks=False):
+            with contextlib.suppress(FileNotFoundError):
                 if entry.is_file(follow_symlinks=False):
                     overwrite_with_zeros(entry.name, directory_fd)
                 os.unlink(entry.name, dir_fd=directory_fd)
+    return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 def overwrite_with_zeros(name: str | Path, directory_fd: int | None = None) -> None:
@@ -195,8 +218,8 @@ def overwrite_with_zeros(name: str | Path, directory_fd: int | None = None) -> N
         os.fsync(file_fd)
 
 
-if __name__ == "__main__":  # start.sh wipes what a killed worker left behind, before ComfyUI starts
+if __name__ == "__main__":  # start.sh, before ComfyUI starts and after all has ended: everything goes
     try:
-        RamDisk(Path(sys.argv[1])).wipe()
+        RamDisk(Path(sys.argv[1])).wipe((*JOB_DIRECTORIES, "run", "user"))
     except RamDiskError as failure:
         sys.exit(f"ERROR: {failure}")

@@ -64,6 +64,31 @@ def test_two_demos_at_once_each_save_their_picture_and_leave_no_process(tmp_path
     assert processes_with(mark) == []
 
 
+def test_a_command_that_does_not_exist_is_one_sentence() -> None:
+    finished = run_local("--", "/no/such/command")
+    assert finished.returncode == 1
+    assert "ERROR: /no/such/command cannot be started: No such file or directory." in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_children_can_be_interrupted_although_the_shell_ignores_sigint_in_the_background() -> None:
+    script = (
+        "import os, subprocess, sys; from local.__main__ import start;"
+        "child = [sys.executable, '-c', 'import signal; print(signal.getsignal(signal.SIGINT).__name__)'];"
+        "print(start(child, os.environ, sys.stderr, subprocess.PIPE).communicate()[0])"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    assert finished.stdout.strip() == "default_int_handler"
+
+
 def test_the_commands_exit_code_is_passed_on() -> None:
     assert run_local("--", sys.executable, "-c", "raise SystemExit(7)").returncode == 7
 

@@ -53,8 +53,11 @@ def sourced(settings: dict[str, str], commands: str) -> subprocess.CompletedProc
         ("COMFYUI_PYTHON", "/nowhere/python", "COMFYUI_PYTHON=/nowhere/python is no program"),
         ("WORKER_PYTHON", "/nowhere/python", "WORKER_PYTHON=/nowhere/python is no program"),
         ("MODE", "both", "set it to serverless or pod"),
-        ("COMFYUI_PORT", "http", "set it to a port number"),
+        ("COMFYUI_PORT", "http", "COMFYUI_PORT is 'http'; set it to a whole number"),
         ("COMFYUI_ARGS", "--fast --listen 0.0.0.0", "ComfyUI binds 127.0.0.1 only"),
+        ("COMFYUI_ARGS", "--cpu\t--listen\n0.0.0.0", "ComfyUI binds 127.0.0.1 only"),
+        ("COMFYUI_MAX_DEATHS", "few", "COMFYUI_MAX_DEATHS is 'few'; set it to a whole number"),
+        ("RAMDISK_MIN_MB", "1e3", "RAMDISK_MIN_MB is '1e3'; set it to a whole number"),
         ("COMFYUI_ARGS", "--listen=0.0.0.0", "ComfyUI binds 127.0.0.1 only"),
         ("RAMDISK_DIR", str(STANDIN), "set it to a directory of its own"),
     ],
@@ -96,6 +99,30 @@ def test_the_ram_disk_is_private_and_has_its_marker(settings: dict[str, str], ra
     assert (ramdisk / ".comfy-endpoint-ramdisk").is_file()
     for name in ("input", "output", "temp", "run", "user"):
         assert (ramdisk / name).stat().st_mode & 0o777 == 0o700
+
+
+def test_relative_paths_are_taken_from_the_callers_directory(settings: dict[str, str]) -> None:
+    relative = {"COMFYUI_DIR": "./here", "RAMDISK_DIR": "../ram", "COMFYUI_PYTHON": "bin/python"}
+    commands = "die() { :; }; setup_environment; echo $COMFYUI_DIR $RAMDISK_DIR $COMFYUI_PYTHON $WORKER_PYTHON"
+    shown = sourced({**settings, **relative, "WORKER_PYTHON": "python3"}, commands).stdout.split()
+    here = Path.cwd()
+    assert shown == [f"{here}/./here", f"{here}/../ram", f"{here}/bin/python", "python3"]
+
+
+def test_no_flag_of_the_user_moves_comfyui_or_its_files(
+    settings: dict[str, str], ramdisk: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    settings["COMFYUI_ARGS"] = f"--liste 127.0.0.2 --output-directory {elsewhere} --temp-dir {elsewhere}"
+    worker = subprocess.Popen(["bash", ROOT / "start.sh"], env=settings, stderr=subprocess.DEVNULL)
+    wait_until(lambda: (ramdisk / "run" / "listened").exists(), "ComfyUI listens")
+    port = int(settings["COMFYUI_PORT"])
+    assert can_get(port)
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.2", port), timeout=1)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(10) == 0
+    assert not elsewhere.exists()
 
 
 @pytest.mark.parametrize(
@@ -217,6 +244,13 @@ def test_ssh_takes_the_key_refuses_passwords_and_forwards_to_comfyui_only(
     assert login.stdout.strip() == "hello", login.stderr
     assert refused.returncode == 255
     assert "Permission denied (publickey)" in refused.stderr
+
+
+def test_ssh_that_cannot_start_is_a_warning(settings: dict[str, str], ramdisk: Path) -> None:
+    commands = "setup_environment; start_sshd; echo goes on"
+    finished = sourced({**settings, "PUBLIC_KEY": "ssh-ed25519 AAAA", "SSH_DIR": "/proc/nowhere"}, commands)
+    assert finished.stdout == "goes on\n"
+    assert "no SSH." in finished.stderr
 
 
 def can_get(port: int) -> bool:

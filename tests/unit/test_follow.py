@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from worker.comfyui import ComfyUI
 from worker.control import JobControl
 from worker.errors import (
     ComfyUICrashed,
+    ComfyUIUnavailable,
     ExecutionFailed,
     GpuBroken,
     HistoryMissing,
@@ -56,6 +58,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path
     with boot(root) as running:
         (root / "run").mkdir()
         (root / "run/comfyui").write_text(f"{running.process.pid} 1\n")
+        (root / "run/listened").write_text("1\n")
         yield int(running.base_url.rpartition(":")[2]), root
 
 
@@ -134,6 +137,17 @@ def test_pictures_sent_by_websocket_only_are_collected_each_time(comfyui: Record
         assert picture.startswith(b"\x89PNG")
 
 
+def test_a_proxy_of_the_environment_is_not_asked_for_loopback(
+    comfyui: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """websocket-client 1.9.2 would ask it even for 127.0.0.1, and the picture would be lost with the websocket."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    workflow = save_workflow()
+    workflow["2"] = {"class_type": "SaveImageWebsocket", "inputs": {"images": ["1", 0]}}
+    assert len(run(comfyui, workflow).socket_images) == 1
+
+
 # --- the nonce ---
 
 
@@ -207,6 +221,28 @@ def test_a_history_that_never_comes_is_a_failure_of_its_own(
     assert comfyui.slept_s == [0.010, 0.050, 0.250, 1.250, 6.250]
 
 
+def test_a_stall_while_the_history_is_read_is_waited_out(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_history, asked = comfyui.history, []
+
+    def stalls(prompt_id: str) -> dict[str, Any] | None:
+        asked.append(prompt_id)
+        if len(asked) < 4:
+            raise ComfyUIUnavailable("ComfyUI did not answer")
+        return real_history(prompt_id)
+
+    monkeypatch.setattr(comfyui, "history", stalls)
+    assert len(filenames(run(comfyui, save_workflow()))) == 1
+
+
+def test_a_failure_is_small_whatever_the_node_said(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    flood = "x" * 3_000_000
+    record = failed_record(exception_type="ValueError", exception_message=flood, traceback=[flood] * 20)
+    monkeypatch.setattr(comfyui, "history", lambda _: record)
+    with pytest.raises(ExecutionFailed) as caught:
+        run(comfyui, save_workflow())
+    assert len(str(caught.value.as_result())) < 20_000
+
+
 def test_the_status_is_read_before_the_outputs(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     record = failed_record(
         {"9": {"images": [{"filename": "from-a-branch-that-finished.png"}]}},
@@ -226,7 +262,9 @@ def test_the_status_is_read_before_the_outputs(comfyui: Recording, monkeypatch: 
     [
         ("torch.OutOfMemoryError", "Allocation on device", OutOfGpuMemory),
         ("torch.cuda.OutOfMemoryError", "CUDA out of memory", OutOfGpuMemory),
+        ("RuntimeError", "CUDA error: out of memory", OutOfGpuMemory),
         ("RuntimeError", "CUDA error: an illegal memory access was encountered", GpuBroken),
+        ("ValueError", "no CUDA errors here", ExecutionFailed),
         ("RuntimeError", "mat1 and mat2 shapes cannot be multiplied", ExecutionFailed),
     ],
 )
@@ -260,6 +298,14 @@ def test_a_refused_workflow_is_a_sentence_for_each_node(comfyui: Recording) -> N
     errors = caught.value.details["node_errors"]["1"]["errors"]
     assert {error["type"] for error in errors} == {"value_smaller_than_min", "invalid_input_type"}
     assert all(set(error) == {"type", "message", "details"} for error in errors)
+
+
+@pytest.mark.parametrize("class_type", ["NoSuchNode", "..", "a/b?c", "\ud800"])
+def test_a_class_that_does_not_exist_is_refused_whatever_its_name(comfyui: Recording, class_type: str) -> None:
+    workflow = save_workflow()
+    workflow["2"]["class_type"] = class_type
+    with pytest.raises(PromptRejected, match="Node ID '#2'"):
+        run(comfyui, workflow)
 
 
 def test_a_partly_valid_workflow_runs_and_warns(comfyui: Recording) -> None:
@@ -305,6 +351,7 @@ def test_a_job_can_only_shorten_its_deadline() -> None:
 def test_a_dead_process_is_told_from_a_slow_one(server: tuple[int, Path], tmp_path: Path) -> None:
     port, _ = server
     (tmp_path / "comfyui").write_text(f"{os.getpid()} 1")
+    (tmp_path / "listened").write_text("1")
     (tmp_path / "comfyui.log").write_text("loading\nSegmentation fault\n")
     client = Recording(port, ComfyUIProcess(tmp_path))
     client.wait_ready(5)
@@ -313,6 +360,24 @@ def test_a_dead_process_is_told_from_a_slow_one(server: tuple[int, Path], tmp_pa
     with pytest.raises(ComfyUICrashed) as caught:
         client.raise_if_dead()
     assert caught.value.details["log"] == ["loading", "Segmentation fault"]
+
+
+def test_a_comfyui_that_has_answered_and_hangs_is_killed(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[int] = []
+    monkeypatch.setattr("worker.comfyui.HUNG_S", 0.2)
+    monkeypatch.setattr(comfyui, "_answers", lambda: False)
+    monkeypatch.setattr(comfyui.process, "kill", lambda state: killed.append(state.pid))
+    comfyui.sleep = time.sleep
+    with pytest.raises(ComfyUIUnavailable):
+        comfyui.wait_ready(0.5)
+    assert set(killed) == {comfyui.process.state().pid}  # type: ignore[union-attr]
+    booting = Recording(comfyui.port, comfyui.process)  # has not seen it answer: it may still load its nodes
+    monkeypatch.setattr(booting, "_answers", lambda: False)
+    killed.clear()
+    booting.sleep = time.sleep
+    with pytest.raises(ComfyUIUnavailable):
+        booting.wait_ready(0.5)
+    assert killed == []
 
 
 # --- the websocket ---
@@ -350,7 +415,15 @@ class LosesTheLastMessage(Feed):
         return None if is_last else message
 
 
-@pytest.mark.parametrize("trouble", [Refused, Silent, Cut, LosesTheLastMessage])
+class Chatter(Feed):
+    """Says nothing of the prompt and much of other things, as nodes do that broadcast the machine's load."""
+
+    def receive(self, timeout_s: float) -> dict[str, Any]:
+        super().receive(timeout_s)
+        return {"type": "some.monitor", "data": {"cpu": 50}}
+
+
+@pytest.mark.parametrize("trouble", [Refused, Silent, Cut, LosesTheLastMessage, Chatter])
 def test_the_follower_finds_the_end_without_the_websocket(
     comfyui: Recording, monkeypatch: pytest.MonkeyPatch, trouble: type[Feed]
 ) -> None:
@@ -373,6 +446,7 @@ def test_a_restart_in_mid_run_is_seen_although_the_new_one_answers(
     port, root = server
     pid = (root / "run/comfyui").read_text().split()[0]
     (tmp_path / "comfyui").write_text(f"{pid} 1")
+    (tmp_path / "listened").write_text("1")
     client = Recording(port, ComfyUIProcess(tmp_path))
     client.wait_ready(5)
     restart = threading.Timer(0.3, (tmp_path / "comfyui").write_text, (f"{pid} 2",))

@@ -66,7 +66,11 @@ def test_data_behind_the_end_is_allowed(form: str) -> None:
     check_image(form, WHOLE[form] + b"appended by a phone")
 
 
-@pytest.mark.parametrize("form", sorted(WHOLE.keys() - {"mpo", "jpeg 2000"}))  # these two may lose their last part
+# The first three end in what no pixel of the first picture needs; Pillow takes a JPEG 2000 that is all header.
+MAY_LOSE_BYTES = {"ico", "mpo", "tga", "jpeg 2000"}
+
+
+@pytest.mark.parametrize("form", sorted(WHOLE.keys() - MAY_LOSE_BYTES))
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_every_cut_is_found(form: str, data: st.DataObject) -> None:

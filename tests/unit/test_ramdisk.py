@@ -178,6 +178,32 @@ def test_the_wipe_removes_planted_things_without_touching_what_they_lead_to(
     assert [list((root / name).iterdir()) for name in ("input", "output", "temp")] == [[], [], []]
 
 
+def test_a_folder_of_any_depth_is_wiped(ramdisk: RamDisk, root: Path) -> None:
+    """Deeper than Python's recursion, longer than a path may be, more levels than open files."""
+    folder_fd = os.open(root / "output", os.O_RDONLY)
+    for level in range(3000):
+        os.mkdir("a", dir_fd=folder_fd)
+        inner_fd = os.open("a", os.O_RDONLY, dir_fd=folder_fd)
+        os.close(folder_fd)
+        folder_fd = inner_fd
+        if level % 1000 == 999:
+            os.close(os.open("picture", os.O_CREAT | os.O_WRONLY, dir_fd=folder_fd))
+    os.close(folder_fd)
+    assert len(ramdisk.list_job_files()) >= 1
+    ramdisk.wipe()
+    assert list((root / "output").iterdir()) == []
+
+
+def test_what_a_job_left_is_listed(ramdisk: RamDisk, root: Path) -> None:
+    (root / "output/deep").mkdir()
+    for name in ("input/b", "input/a", "output/deep/c"):
+        (root / name).write_text("x")
+    assert ramdisk.list_job_files() == [str(root / name) for name in ("input/a", "input/b", "output/deep/c")]
+    for number in range(300):
+        (root / f"temp/{number}").touch()
+    assert len(ramdisk.list_job_files()) == 200
+
+
 def test_the_wipe_keeps_what_belongs_to_the_worker(ramdisk: RamDisk, root: Path) -> None:
     (root / "run/comfyui").write_text("1 1")
     ramdisk.wipe()

@@ -1,0 +1,408 @@
+"""What the client makes of ComfyUI's answers: recorded ones, broken ones, none at all. Real HTTP on loopback."""
+
+import itertools
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+import urllib3
+
+from tests.contract.comfyui_client import capture
+from worker import comfyui as module
+from worker.comfyui import ComfyUI
+from worker.errors import ComfyUICrashed, ComfyUIUnavailable, PromptRejected
+from worker.process import ComfyUIProcess
+
+RECORDED = {
+    "0.18.1": {name: case["response"] for name, case in capture("invalid_prompts").items() if "response" in case},
+    "0.3.64": json.loads((Path(__file__).parent / "data/prompt_answers_0.3.64.json").read_text()),
+}
+WORKFLOW = {"1": {"class_type": "SaveImage", "inputs": {}}}
+IDLE: dict[str, list[Any]] = {"queue_running": [], "queue_pending": []}
+BREAK_OFF = (0, None)  # close the connection instead of an answer
+Answer = tuple[int, Any]
+Asked = list[tuple[str, Any]]
+
+
+def queue(running: list[str], pending: list[str]) -> dict[str, list[list[Any]]]:
+    """GET /queue: each item is ``[number, prompt_id, workflow, extra_data, outputs]``."""
+    return {
+        "queue_running": [[0, prompt_id, {}, {}, []] for prompt_id in running],
+        "queue_pending": [[0, prompt_id, {}, {}, []] for prompt_id in pending],
+    }
+
+
+class Double(ThreadingHTTPServer):
+    """Gives prepared answers, by "METHOD path", and remembers what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.asked: Asked = []
+        self.answers: dict[str, Answer | Callable[[], Answer]] = {"GET /system_stats": (200, {})}
+        self.answer_to_the_rest: Answer = (404, "404: Not Found")
+
+    def bodies(self, question: str) -> list[Any]:
+        return [body for asked, body in self.asked if asked == question]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Double
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet: two cost 40 ms (Nagle's algorithm and the delayed ACK)
+
+    def do_GET(self) -> None:
+        length = int(self.headers.get("Content-Length", 0))
+        question = f"{self.command} {self.path}"
+        self.server.asked.append((question, json.loads(self.rfile.read(length)) if length else None))
+        prepared = self.server.answers.get(question, self.server.answer_to_the_rest)
+        status, body = prepared() if callable(prepared) else prepared
+        if not status:
+            self.close_connection = True
+            return
+        content = (body if isinstance(body, str) else json.dumps(body)).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def double() -> Iterator[Double]:
+    with Double() as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def put_start(run_dir: Path, pid: int, generation: int) -> None:
+    """What start.sh writes about one start of ComfyUI whose port is open."""
+    (run_dir / "comfyui").write_text(f"{pid} {generation}\n")
+    (run_dir / "listened").write_text(f"{generation}\n")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """As start.sh keeps it; this test is the process that lives."""
+    put_start(tmp_path, os.getpid(), 1)
+    (tmp_path / "comfyui.log").write_text("Segmentation fault\n")
+    return tmp_path
+
+
+@pytest.fixture
+def comfyui(double: Double, run_dir: Path) -> ComfyUI:
+    """Its clock goes on by a second with each look, and its sleeps are none."""
+    seconds = itertools.count()
+    client = ComfyUI(
+        double.server_port, ComfyUIProcess(run_dir), clock=lambda: float(next(seconds)), sleep=lambda _: None
+    )
+    client.wait_ready(5)
+    double.asked.clear()
+    return client
+
+
+def submit(comfyui: ComfyUI, api_key: str | None = None) -> list[str]:
+    return comfyui.submit(WORKFLOW, "prompt-1", "client-1", api_key)
+
+
+def refusal(comfyui: ComfyUI, double: Double, answer: Answer) -> PromptRejected:
+    double.answers["POST /prompt"] = answer
+    with pytest.raises(PromptRejected) as caught:
+        submit(comfyui)
+    return caught.value
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "said"),
+    [
+        ("0.18.1", "missing_required_input", "Node 2 (ImageScale): Required input is missing: width."),
+        ("0.18.1", "bad_enum", "Node 2 (ImageScale): Value not in list: upscale_method: 'magic' not in ['nea"),
+        ("0.18.1", "missing_image_file", "Node 1 (LoadImage): Custom validation failed for node: image - Invalid"),
+        ("0.18.1", "missing_model_file", "Node 1 (CheckpointLoaderSimple): Value not in list: ckpt_name: 'nope.safe"),
+        ("0.18.1", "too_big", "Node 2 (ImageScale): Value 1000000 bigger than max of 16384: width."),
+        ("0.18.1", "type_mismatch", "received_type(MASK) mismatch input_type(IMAGE)."),
+        ("0.18.1", "link_length3", "Node 3 (ImageInvert): Bad linked input, must be a length-2 list"),
+        ("0.18.1", "unknown_class_type", "The custom node may not be installed: Node ID '#3'."),
+        ("0.18.1", "unknown_class_type_titled", "'Nice name' not found. The custom node may not be installed: Node ID"),
+        ("0.18.1", "unknown_class_type_titled", "class NoSuchNode"),
+        ("0.18.1", "no_class_type", "Node 'ID #3' has no class_type"),
+        ("0.18.1", "cycle", "do its links form a cycle?"),
+        ("0.18.1", "no_outputs", "Prompt has no outputs."),
+        ("0.18.1", "prompt_list", "with status 500; is it in API format?"),
+        ("0.18.1", "ui_format_workflow", "with status 500; is it in API format?"),
+        ("0.3.64", "unknown_class_type", "Cannot execute because node NoSuchNode does not exist: Node ID '#3'."),
+        ("0.3.64", "no_class_type", "a node is missing the class_type property: Node ID '#3'."),
+        ("0.3.64", "prompt_list", "Prompt has no outputs."),
+        ("0.3.64", "ui_format_workflow", "Node ID '#nodes'"),
+    ],
+)  # fmt: skip
+def test_a_recorded_refusal_says_what_to_change(
+    comfyui: ComfyUI, double: Double, version: str, name: str, said: str
+) -> None:
+    recorded = RECORDED[version][name]
+    error = refusal(comfyui, double, (recorded["status"], recorded["body"]))
+    assert error.message.startswith("ComfyUI refused the workflow")
+    assert said in error.message
+    assert ".:" not in error.message
+    assert ".." not in error.message
+
+
+@pytest.mark.parametrize("name", [name for name, case in RECORDED["0.18.1"].items() if case["status"] >= 400])
+def test_every_recorded_refusal_is_short_and_without_the_choices(comfyui: ComfyUI, double: Double, name: str) -> None:
+    recorded = RECORDED["0.18.1"][name]
+    error = refusal(comfyui, double, (recorded["status"], recorded["body"]))
+    assert len(error.message) < 1000
+    assert "extra_info" not in json.dumps(error.details)
+    assert set(error.details) in ({"status"}, {"type", "node_errors"})
+
+
+def test_a_refusal_lists_each_fault_of_each_node_and_cuts_long_ones(comfyui: ComfyUI, double: Double) -> None:
+    models = [f"model-{number}.safetensors" for number in range(1000)]
+    faults = [
+        {"type": "value_not_in_list", "message": "Value not in list", "details": str(models), "extra_info": models},
+        {"type": "required_input_missing", "message": "Required input is missing", "details": "seed"},
+    ]
+    node_errors = {"57:8": {"class_type": "KSampler", "errors": faults, "dependent_outputs": ["9"]}}
+    body = {"error": {"type": "prompt_outputs_failed_validation", "details": ""}, "node_errors": node_errors}
+    error = refusal(comfyui, double, (400, body))
+    assert error.message.count("Node 57:8 (KSampler): ") == 2
+    assert len(error.message) < 700
+    assert error.message.endswith("Required input is missing: seed.")
+    assert [fault["type"] for fault in error.details["node_errors"]["57:8"]["errors"]] == [
+        "value_not_in_list",
+        "required_input_missing",
+    ]
+
+
+@pytest.mark.parametrize("answer", [(413, "Maximum request body size exceeded"), (502, "<html>"), (200, "not JSON")])
+def test_an_answer_in_no_form_of_comfyuis_is_a_refusal_with_its_status(
+    comfyui: ComfyUI, double: Double, answer: Answer
+) -> None:
+    assert refusal(comfyui, double, answer).details == {"status": answer[0]}
+
+
+@pytest.mark.parametrize("version", RECORDED)
+def test_nodes_refused_beside_others_that_run_are_warnings(comfyui: ComfyUI, double: Double, version: str) -> None:
+    recorded = RECORDED[version]["two_outputs_one_bad"]
+    double.answers["POST /prompt"] = (recorded["status"], recorded["body"])
+    (warning,) = submit(comfyui)
+    assert warning.startswith("Node 6 (LoadImage): Custom validation failed for node: image - Invalid image file")
+
+
+# --- the POST ---
+
+
+def test_the_api_key_is_sent_where_api_nodes_look_for_it_and_only_when_there_is_one(
+    comfyui: ComfyUI, double: Double
+) -> None:
+    double.answers["POST /prompt"] = (200, {"prompt_id": "prompt-1", "number": 1, "node_errors": {}})
+    assert submit(comfyui) == []
+    assert submit(comfyui, api_key="key") == []
+    plain = {"prompt": WORKFLOW, "prompt_id": "prompt-1", "client_id": "client-1"}
+    assert double.bodies("POST /prompt") == [plain, {**plain, "extra_data": {"api_key_comfy_org": "key"}}]
+
+
+@pytest.mark.parametrize(
+    ("in_queue", "in_history"),
+    [(queue(["prompt-1"], []), {}), (queue([], ["prompt-1"]), {}), (IDLE, {"prompt-1": {"outputs": {}}})],
+    ids=["it runs", "it waits", "it has run"],
+)
+def test_a_broken_post_of_a_prompt_that_arrived_is_not_repeated(
+    comfyui: ComfyUI, double: Double, in_queue: dict[str, Any], in_history: dict[str, Any]
+) -> None:
+    double.answers |= {
+        "POST /prompt": BREAK_OFF,
+        "GET /queue": (200, in_queue),
+        "GET /history/prompt-1": (200, in_history),
+    }
+    assert submit(comfyui) == []
+    assert len(double.bodies("POST /prompt")) == 1
+
+
+def test_a_broken_post_of_a_prompt_that_did_not_arrive_is_a_failure(comfyui: ComfyUI, double: Double) -> None:
+    double.answers |= {
+        "POST /prompt": BREAK_OFF,
+        "GET /queue": (200, queue(["another"], [])),
+        "GET /history/prompt-1": (200, {}),
+    }
+    with pytest.raises(ComfyUIUnavailable, match="POST /prompt"):
+        submit(comfyui)
+    assert len(double.bodies("POST /prompt")) == 1
+
+
+# --- dead, slow, wrong ---
+
+
+def test_no_answer_of_a_process_that_has_ended_is_a_crash_with_its_last_words(
+    comfyui: ComfyUI, double: Double, run_dir: Path
+) -> None:
+    double.answers["GET /queue"] = BREAK_OFF
+    with pytest.raises(ComfyUIUnavailable):
+        comfyui.queued_ids()
+    put_start(run_dir, os.getpid(), 2)
+    with pytest.raises(ComfyUICrashed) as caught:
+        comfyui.queued_ids()
+    assert caught.value.details["log"] == ["Segmentation fault"]
+
+
+def test_an_answer_that_takes_too_long_is_not_waited_for(
+    comfyui: ComfyUI, double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed_s: list[float] = []
+    real_request = urllib3.HTTPConnectionPool.request
+    released = Event()
+
+    def a_hundred_times_faster(*arguments: Any, timeout: float, **more: Any) -> Any:
+        allowed_s.append(timeout)
+        return real_request(*arguments, timeout=timeout / 100, **more)
+
+    def stuck() -> Answer:
+        released.wait(5)
+        return 200, IDLE
+
+    monkeypatch.setattr(urllib3.HTTPConnectionPool, "request", a_hundred_times_faster)
+    double.answers["GET /queue"] = stuck
+    with pytest.raises(ComfyUIUnavailable, match="GET /queue"):
+        comfyui.queued_ids()
+    released.set()
+    assert allowed_s == [module.HTTP_TIMEOUT_S]
+
+
+@pytest.mark.parametrize("answer", [(500, "500 Internal Server Error"), (200, "<html>"), (200, [])])
+def test_an_answer_that_is_no_object_is_comfyuis_fault(comfyui: ComfyUI, double: Double, answer: Answer) -> None:
+    double.answers |= {"GET /queue": answer, "POST /free": (500, "")}
+    with pytest.raises(ComfyUIUnavailable, match="GET queue"):
+        comfyui.queued_ids()
+    with pytest.raises(ComfyUIUnavailable, match="POST /free"):
+        comfyui.free_cache()
+
+
+# --- ready ---
+
+
+def test_readiness_is_waited_for(comfyui: ComfyUI, double: Double, run_dir: Path) -> None:
+    (run_dir / "comfyui").unlink()
+    looks = itertools.count(1)
+    double.answers["GET /system_stats"] = lambda: (503, "") if next(looks) < 3 else (200, {})
+
+    def start_sh_starts_it(_: float) -> None:
+        put_start(run_dir, os.getpid(), 7)
+
+    comfyui.sleep = start_sh_starts_it
+    assert comfyui.wait_ready(60).generation == 7
+    assert len(double.bodies("GET /system_stats")) == 3
+
+
+def test_a_comfyui_that_never_answers_is_given_up_with_its_last_words(comfyui: ComfyUI, double: Double) -> None:
+    double.answers["GET /system_stats"] = (503, "")
+    with pytest.raises(ComfyUIUnavailable, match="within 20 s") as caught:
+        comfyui.wait_ready(20)
+    assert caught.value.details["log"] == ["Segmentation fault"]
+    assert 10 < len(double.asked) < 30  # the clock goes on by a second with each look
+
+
+def test_waiting_for_readiness_can_be_called_off(comfyui: ComfyUI, double: Double) -> None:
+    def cancelled() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        comfyui.wait_ready(20, cancelled)
+    assert double.asked == []
+
+
+# --- stopping ---
+
+
+def test_a_prompt_is_deleted_first_and_then_interrupted_until_it_is_gone(comfyui: ComfyUI, double: Double) -> None:
+    """An interrupt that arrives just after the queue handed the prompt out is lost (0.18.1): one is not enough."""
+    looks = itertools.count(1)
+    double.answers |= {
+        "POST /queue": (200, ""),
+        "POST /interrupt": (200, ""),
+        "GET /queue": lambda: (200, queue(["mine", "another"], []) if next(looks) < 4 else queue(["another"], [])),
+    }
+    assert comfyui.stop(["mine"], grace_s=100)
+    assert double.asked[0] == ("POST /queue", {"delete": ["mine"]})
+    assert double.bodies("POST /interrupt") == [{"prompt_id": "mine"}] * 3
+
+
+def test_a_prompt_that_does_not_go_is_given_up_after_the_grace(comfyui: ComfyUI, double: Double) -> None:
+    double.answers |= {
+        "POST /queue": (200, ""),
+        "POST /interrupt": (200, ""),
+        "GET /queue": (200, queue(["mine"], [])),
+    }
+    assert not comfyui.stop(["mine"], grace_s=5)
+    assert 3 <= len(double.bodies("POST /interrupt")) <= 6
+
+
+def test_an_empty_queue_is_left_alone(comfyui: ComfyUI, double: Double) -> None:
+    double.answers["GET /queue"] = (200, IDLE)
+    comfyui.clear_queue(grace_s=5)
+    assert double.asked == [("GET /queue", None)]
+
+
+def test_a_comfyui_that_holds_on_to_an_earlier_prompt_is_killed(
+    comfyui: ComfyUI, double: Double, run_dir: Path
+) -> None:
+    double.answers |= {
+        "POST /queue": (200, ""),
+        "POST /interrupt": (200, ""),
+        "GET /queue": (200, queue(["earlier"], ["later"])),
+    }
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            put_start(run_dir, process.pid, 2)
+            comfyui.wait_ready(5)
+            with pytest.raises(ComfyUIUnavailable, match="being restarted"):
+                comfyui.clear_queue(grace_s=5)
+            assert process.wait(5) == -9
+        finally:
+            process.kill()
+    assert {"delete": ["earlier", "later"]} in double.bodies("POST /queue")
+
+
+# --- node classes ---
+
+
+def test_a_class_is_looked_up_once_for_each_start_of_comfyui(comfyui: ComfyUI, double: Double, run_dir: Path) -> None:
+    double.answers["GET /object_info/SaveImage"] = (200, {"SaveImage": {"output_node": True}})
+    double.answers["GET /object_info/LoadImage"] = (200, {"LoadImage": {"output_node": False}})
+    for _ in range(3):
+        assert comfyui.is_output_class("SaveImage")
+        assert not comfyui.is_output_class("LoadImage")
+    assert len(double.asked) == 2
+    put_start(run_dir, os.getpid(), 2)  # another start may have other nodes
+    comfyui.wait_ready(5)
+    double.answers["GET /object_info/SaveImage"] = (200, {})
+    assert not comfyui.is_output_class("SaveImage")
+
+
+@pytest.mark.parametrize("name", ["NoSuchNode", "a/b?c#d", "..", ".", " ", "\ud800", "ä" * 5000, "\0\r\n"])
+@pytest.mark.parametrize("answer", [(200, {}), (200, []), (200, "<html>"), (404, "404: Not Found"), (500, "")])
+def test_a_name_that_cannot_be_looked_up_is_no_output_class(
+    comfyui: ComfyUI, double: Double, name: str, answer: Answer
+) -> None:
+    """It is the caller's word: POST /prompt will refuse it with a better sentence than any of ours."""
+    double.answer_to_the_rest = answer
+    assert not comfyui.is_output_class(name)
+    ((question, _),) = double.asked
+    assert question.startswith("GET /object_info/")
+    assert "?" not in question
