@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 NONCE_INPUT = "__job_nonce"
 TICK_S = 0.1  # how soon a cancellation, a deadline or a dead process is seen
+DRAIN_S = 1.0  # how long messages are still read after the end was found without them
 QUIET_S = 2.0  # without a message for so long, /queue and /history are asked
 HISTORY_WAITS_S = (0.010, 0.050, 0.250, 1.250, 6.250)
 MAX_TRACEBACK_LINES = 8
@@ -143,8 +144,9 @@ class _Run:
         return self._outcome
 
     def _follow(self, feed: Feed) -> None:
-        """Return when the prompt has ended, in whatever way."""
+        """Return when the prompt has ended, in whatever way, and what it had sent by then has been read."""
         quiet_since = self._comfyui.clock()
+        ended_at: float | None = None  # when the queue and the history said so, not the websocket
         while True:
             self._control.check()
             message = feed.receive(TICK_S)
@@ -155,10 +157,13 @@ class _Run:
                 quiet_since = now  # nodes of others may chatter on: that says nothing about this prompt
                 if self._is_last(message):
                     return
+            if ended_at is not None:
+                if message is None or now - ended_at >= DRAIN_S:
+                    return
+                continue
             ended_unheard = self._terminal_seen and message is None
             if not feed.is_open or ended_unheard or now - quiet_since >= QUIET_S:
-                if self._has_ended():
-                    return
+                ended_at = now if self._has_ended() else None
                 quiet_since = now
                 feed.reopen_if_due()
 

@@ -423,6 +423,32 @@ class Chatter(Feed):
         return {"type": "some.monitor", "data": {"cpu": 50}}
 
 
+class Stalled(Feed):
+    """What ComfyUI has sent arrives only when the prompt has long ended."""
+
+    opened_at = 0.0
+
+    def open(self) -> None:
+        super().open()
+        self.opened_at = time.monotonic()
+
+    def receive(self, timeout_s: float) -> bytes | dict[str, Any] | None:
+        if time.monotonic() - self.opened_at < 0.8:
+            time.sleep(timeout_s)
+            return None
+        return super().receive(timeout_s)
+
+
+def test_pictures_that_wait_in_the_websocket_when_the_end_is_found_are_read(
+    comfyui: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "Feed", Stalled)
+    monkeypatch.setattr(follow, "QUIET_S", 0.75)
+    workflow = save_workflow()
+    workflow["2"] = {"class_type": "SaveImageWebsocket", "inputs": {"images": ["1", 0]}}
+    assert len(run(comfyui, workflow).socket_images) == 1
+
+
 @pytest.mark.parametrize("trouble", [Refused, Silent, Cut, LosesTheLastMessage, Chatter])
 def test_the_follower_finds_the_end_without_the_websocket(
     comfyui: Recording, monkeypatch: pytest.MonkeyPatch, trouble: type[Feed]
