@@ -39,7 +39,7 @@ MUTANTS = [
     Mutant("wipe: before the job", "rp_handler.py", "self.ramdisk.wipe()\n        with self._wiped", "pass\n        with self._wiped", f"{MAIN} -k debug_keeps"),
     Mutant("wipe: the log", "worker/process.py", "os.truncate(self._log_path, 0)", "pass", f"{MAIN} -k three_jobs"),
     Mutant("status is read", "worker/follow.py", '_raise_if_failed(record.get("status") or {})', "pass", f"{MAIN} -k cannot_run"),
-    Mutant("history is deleted", "rp_handler.py", "self.process.scrub_log()\n            self.comfyui.clear_history()", "self.process.scrub_log()", f"{MAIN} -k three_jobs"),
+    Mutant("history is deleted", "rp_handler.py", "self.process.scrub_log, self.comfyui.clear_history)", "self.process.scrub_log)", f"{MAIN} -k three_jobs"),
     Mutant("history retries", "worker/follow.py", "HISTORY_WAITS_S = (0.010, 0.050, 0.250, 1.250, 6.250)", "HISTORY_WAITS_S = ()", "tests/unit/test_follow.py"),
     Mutant("deadline and cancellation", "worker/follow.py", "self._control.check()\n            message", "message", f"{STOPPING} -k own_deadline"),
     Mutant("interrupt", "worker/follow.py", "self._stop()\n            raise", "raise", f"{STOPPING} -k own_deadline"),

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants import MUTANTS, Mutant
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ["README.md", "AGENTS.md", "CHANGELOG.md", "workflows/README.md"]
 
@@ -42,3 +44,8 @@ def test_every_error_code_is_drawn_in_the_tree_once() -> None:
     tree = source.split("```")[1]
     drawn = re.findall(r" ([A-Z][A-Z_]{3,})  ", tree)
     assert sorted(drawn) == sorted(set(defined) - {"WORKER_ERROR"})
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_mutant_still_fits_the_tree(mutant: Mutant) -> None:
+    assert (ROOT / mutant.file).read_text().count(mutant.old) == 1
