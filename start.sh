@@ -128,6 +128,7 @@ AllowTcpForwarding local
 PermitOpen 127.0.0.1:$COMFYUI_PORT
 AllowAgentForwarding no
 X11Forwarding no
+Subsystem sftp internal-sftp
 CONFIG
 }
 

@@ -212,7 +212,7 @@ def ssh_dir() -> Iterator[Path]:
 
 
 @pytest.mark.skipif(not (Path("/usr/sbin/sshd").exists() and os.geteuid() == 0), reason="needs root and /usr/sbin/sshd")
-def test_ssh_takes_the_key_refuses_passwords_and_forwards_to_comfyui_only(
+def test_ssh_takes_the_key_copies_files_refuses_passwords_and_forwards_to_comfyui_only(
     settings: dict[str, str], ramdisk: Path, ssh_dir: Path
 ) -> None:
     key, port, forwarded = ssh_dir / "id", free_port(), free_port()
@@ -234,6 +234,21 @@ def test_ssh_takes_the_key_refuses_passwords_and_forwards_to_comfyui_only(
                 timeout=20,
                 check=False,
             )
+            copied = subprocess.run(
+                ["sftp", "-i", key, "-b", "-", "-P", str(port), *options[2:]],
+                input=f"get {ramdisk}/run/comfyui {ssh_dir}/copied\n",
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=False,
+            )
+            elsewhere = subprocess.run(
+                ["ssh", "-i", key, "-W", f"127.0.0.1:{port}", *options],
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=False,
+            )
             tunnel_to = f"{forwarded}:127.0.0.1:{settings['COMFYUI_PORT']}"
             with subprocess.Popen(["ssh", "-i", key, "-N", "-L", tunnel_to, *options]) as tunnel:
                 wait_until(lambda: can_get(forwarded), "the tunnel carries HTTP")
@@ -242,6 +257,9 @@ def test_ssh_takes_the_key_refuses_passwords_and_forwards_to_comfyui_only(
             worker.send_signal(signal.SIGTERM)
             worker.communicate(timeout=10)
     assert login.stdout.strip() == "hello", login.stderr
+    assert copied.returncode == 0, copied.stderr
+    assert (ssh_dir / "copied").read_text().endswith(" 1\n")
+    assert "administratively prohibited" in elsewhere.stderr
     assert refused.returncode == 255
     assert "Permission denied (publickey)" in refused.stderr
 
