@@ -2,7 +2,7 @@
 
 import itertools
 import json
-import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -96,9 +96,17 @@ def put_start(run_dir: Path, pid: int, generation: int) -> None:
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    """As start.sh keeps it; this test is the process that lives."""
-    put_start(tmp_path, os.getpid(), 1)
+def process() -> Iterator[subprocess.Popen[bytes]]:
+    """Stands for ComfyUI's process. Not the test's own: the code under test may kill it."""
+    with subprocess.Popen(["sleep", "60"]) as started:
+        yield started
+        started.kill()
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, process: subprocess.Popen[bytes]) -> Path:
+    """As start.sh keeps it."""
+    put_start(tmp_path, process.pid, 1)
     (tmp_path / "comfyui.log").write_text("Segmentation fault\n")
     return tmp_path
 
@@ -251,12 +259,12 @@ def test_a_broken_post_of_a_prompt_that_did_not_arrive_is_a_failure(comfyui: Com
 
 
 def test_no_answer_of_a_process_that_has_ended_is_a_crash_with_its_last_words(
-    comfyui: ComfyUI, double: Double, run_dir: Path
+    comfyui: ComfyUI, double: Double, run_dir: Path, process: subprocess.Popen[bytes]
 ) -> None:
     double.answers["GET /queue"] = BREAK_OFF
     with pytest.raises(ComfyUIUnavailable):
         comfyui.queued_ids()
-    put_start(run_dir, os.getpid(), 2)
+    put_start(run_dir, process.pid, 2)
     with pytest.raises(ComfyUICrashed) as caught:
         comfyui.queued_ids()
     assert caught.value.details["log"] == ["Segmentation fault"]
@@ -297,13 +305,15 @@ def test_an_answer_that_is_no_object_is_comfyuis_fault(comfyui: ComfyUI, double:
 # --- ready ---
 
 
-def test_readiness_is_waited_for(comfyui: ComfyUI, double: Double, run_dir: Path) -> None:
+def test_readiness_is_waited_for(
+    comfyui: ComfyUI, double: Double, run_dir: Path, process: subprocess.Popen[bytes]
+) -> None:
     (run_dir / "comfyui").unlink()
     looks = itertools.count(1)
     double.answers["GET /system_stats"] = lambda: (503, "") if next(looks) < 3 else (200, {})
 
     def start_sh_starts_it(_: float) -> None:
-        put_start(run_dir, os.getpid(), 7)
+        put_start(run_dir, process.pid, 7)
 
     comfyui.sleep = start_sh_starts_it
     assert comfyui.wait_ready(60).generation == 7
@@ -316,6 +326,20 @@ def test_a_comfyui_that_never_answers_is_given_up_with_its_last_words(comfyui: C
         comfyui.wait_ready(20)
     assert caught.value.details["log"] == ["Segmentation fault"]
     assert 10 < len(double.asked) < 30  # the clock goes on by a second with each look
+
+
+def test_only_a_comfyui_that_has_answered_before_is_killed_for_its_silence(
+    comfyui: ComfyUI, double: Double, run_dir: Path, process: subprocess.Popen[bytes]
+) -> None:
+    double.answers["GET /system_stats"] = (503, "")
+    put_start(run_dir, process.pid, 2)  # a new one, which may take its time to boot
+    with pytest.raises(ComfyUIUnavailable):
+        comfyui.wait_ready(3 * module.HUNG_S)
+    assert process.poll() is None
+    put_start(run_dir, process.pid, 1)
+    with pytest.raises(ComfyUIUnavailable):
+        comfyui.wait_ready(3 * module.HUNG_S)
+    assert process.wait(5) == -signal.SIGKILL
 
 
 def test_waiting_for_readiness_can_be_called_off(comfyui: ComfyUI, double: Double) -> None:
@@ -360,36 +384,32 @@ def test_an_empty_queue_is_left_alone(comfyui: ComfyUI, double: Double) -> None:
 
 
 def test_a_comfyui_that_holds_on_to_an_earlier_prompt_is_killed(
-    comfyui: ComfyUI, double: Double, run_dir: Path
+    comfyui: ComfyUI, double: Double, process: subprocess.Popen[bytes]
 ) -> None:
     double.answers |= {
         "POST /queue": (200, ""),
         "POST /interrupt": (200, ""),
         "GET /queue": (200, queue(["earlier"], ["later"])),
     }
-    with subprocess.Popen(["sleep", "60"]) as process:
-        try:
-            put_start(run_dir, process.pid, 2)
-            comfyui.wait_ready(5)
-            with pytest.raises(ComfyUIUnavailable, match="being restarted"):
-                comfyui.clear_queue(grace_s=5)
-            assert process.wait(5) == -9
-        finally:
-            process.kill()
+    with pytest.raises(ComfyUIUnavailable, match="being restarted"):
+        comfyui.clear_queue(grace_s=5)
+    assert process.wait(5) == -signal.SIGKILL
     assert {"delete": ["earlier", "later"]} in double.bodies("POST /queue")
 
 
 # --- node classes ---
 
 
-def test_a_class_is_looked_up_once_for_each_start_of_comfyui(comfyui: ComfyUI, double: Double, run_dir: Path) -> None:
+def test_a_class_is_looked_up_once_for_each_start_of_comfyui(
+    comfyui: ComfyUI, double: Double, run_dir: Path, process: subprocess.Popen[bytes]
+) -> None:
     double.answers["GET /object_info/SaveImage"] = (200, {"SaveImage": {"output_node": True}})
     double.answers["GET /object_info/LoadImage"] = (200, {"LoadImage": {"output_node": False}})
     for _ in range(3):
         assert comfyui.is_output_class("SaveImage")
         assert not comfyui.is_output_class("LoadImage")
     assert len(double.asked) == 2
-    put_start(run_dir, os.getpid(), 2)  # another start may have other nodes
+    put_start(run_dir, process.pid, 2)  # another start may have other nodes
     comfyui.wait_ready(5)
     double.answers["GET /object_info/SaveImage"] = (200, {})
     assert not comfyui.is_output_class("SaveImage")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from worker.errors import MediaInvalid
-from worker.media import check_image
+from worker.media import MAX_PIXELS, check_image
 
 
 def noise(width: int = 61, height: int = 47, mode: str = "RGB") -> Image.Image:
@@ -110,12 +110,21 @@ def test_any_bytes_give_an_answer_of_ours(content: bytes) -> None:
         check_image("photo", content)
 
 
-def test_a_bomb_is_refused_by_its_header() -> None:
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+def png_without_pixels(width: int, height: int) -> bytes:
+    chunks = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+
+
+@pytest.mark.parametrize("size", [(60_000, 60_000), (1, MAX_PIXELS + 1)])
+def test_a_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
     with pytest.raises(MediaInvalid, match="pixels"):
-        check_image("bomb.png", bomb + struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND")))
+        check_image("bomb.png", png_without_pixels(*size))
+
+
+def test_the_largest_picture_is_not_called_a_bomb() -> None:
+    check_image("large.png", png_without_pixels(1, MAX_PIXELS))
 
 
 @pytest.mark.parametrize("form", ["EPS", "PDF", "PCX"])

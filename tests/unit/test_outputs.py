@@ -65,6 +65,12 @@ def test_every_kind_of_file_becomes_an_item_of_its_list(
     assert set(lists) == {"images", category}
 
 
+@pytest.mark.parametrize("other", [True, 3, None, "words", {"a": 1}, ["words", 5, None, {"no": "filename"}]])
+def test_what_names_no_file_is_passed_over(ramdisk: RamDisk, other: object) -> None:
+    lists = collect(ramdisk, {"1": {"other": other, "images": [put(ramdisk, "a.png")]}})
+    assert [item["filename"] for item in lists["images"]] == ["a.png"]
+
+
 def test_texts_are_returned_with_their_node(ramdisk: RamDisk) -> None:
     assert collect(ramdisk, {"4": {"text": ["a cat"]}}) == {
         "images": [],
@@ -131,4 +137,5 @@ def test_the_size_limit_counts_the_posted_body_to_the_byte(ramdisk: RamDisk) -> 
 def test_the_limit_is_that_of_the_job_with_a_margin() -> None:
     assert result_limit_bytes("abc-u1", None) == 9_800_000
     assert result_limit_bytes("sync-abc-u1", None) == 19_600_000
+    assert result_limit_bytes("abc-sync-u1", None) == 9_800_000
     assert result_limit_bytes("sync-abc-u1", 5) == 5

@@ -51,6 +51,12 @@ def test_all_forms_of_an_image_are_one_thing(images: object) -> None:
     assert parse_job_input(job(images=images)).files == (InputFile("a.png", PNG),)
 
 
+def test_the_url_safe_alphabet_is_the_other_one_with_two_letters_changed() -> None:
+    content = b"\xfb\xff\xbe\xfb"  # "+/+++w=="
+    for coded in (base64.b64encode(content), base64.urlsafe_b64encode(content)):
+        assert parse_job_input(job(files={"a": coded.decode()})).files == (InputFile("a", content),)
+
+
 def test_files_are_decoded_and_not_looked_into() -> None:
     request = parse_job_input(job(images={"a.png": CODED}, files={"clip.mp4": base64.b64encode(b"video").decode()}))
     assert request.files == (InputFile("a.png", PNG), InputFile("clip.mp4", b"video"))
@@ -102,6 +108,8 @@ def test_a_flood_of_unknown_keys_does_not_flood_the_result() -> None:
         (job(images={"a.png": None}), InputInvalid, "must be a Base64 string"),
         (job(images={"a.png": "https://example.org/a.png"}), InputInvalid, "is a URL"),
         (job(images={"a.png": "not base64!"}), MediaInvalid, "not valid Base64"),
+        (job(files={"a/../../b": "AAAA"}), InputInvalid, "stay inside"),
+        (job(files={"a.bin": "AAA!A"}), MediaInvalid, "not valid Base64"),
         (job(images={"a.png": CODED[:-8]}), MediaInvalid, "'a.png'"),
         (job(images={"a.txt": base64.b64encode(b"words").decode()}), MediaInvalid, "under 'files'"),
         (job(debug="yes"), InputInvalid, "'debug' must be true or false"),
@@ -185,8 +193,11 @@ def assert_understood_or_refused(job_input: object) -> None:
             assert ".." not in file.name.split("/")
 
 
+SURROGATES = st.text(st.characters(categories=["Cs", "L"]))
+
+
 @settings(max_examples=300, deadline=None)
-@given(JSON | st.text(st.characters(categories=["Cs", "L"])))
+@given(JSON | SURROGATES | st.dictionaries(SURROGATES, SURROGATES | st.floats()))
 def test_whatever_comes_out_can_be_posted(value: object) -> None:
     text = json.dumps(json_safe(value), ensure_ascii=False, allow_nan=False)
     assert json.loads(text.encode()) == json_safe(value)

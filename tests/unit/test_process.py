@@ -89,6 +89,22 @@ def test_a_newer_start_means_that_the_older_one_is_gone(comfyui: ComfyUIProcess,
     assert comfyui.is_alive(new)
 
 
+def test_only_the_start_whose_port_was_seen_open_has_booted(
+    comfyui: ComfyUIProcess, tmp_path: Path, start: Start
+) -> None:
+    process = start()
+    state = record(tmp_path, process.pid, 2)
+    for content in (None, "", "1\n", "soon"):
+        if content is not None:
+            (tmp_path / "listened").write_text(content)
+        assert not comfyui.has_booted(state)
+    (tmp_path / "listened").write_text("2\n")
+    assert comfyui.has_booted(state)
+    process.kill()
+    process.wait(5)
+    assert not comfyui.has_booted(state)
+
+
 def test_the_name_of_the_program_does_not_confuse(comfyui: ComfyUIProcess, tmp_path: Path, start: Start) -> None:
     sleep = shutil.which("sleep")
     assert sleep

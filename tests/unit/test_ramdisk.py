@@ -32,12 +32,13 @@ def ramdisk(root: Path) -> RamDisk:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """fsync and replace, in order, by the name of the file that they act on; both still happen."""
+    """fsync and replace, in order, by the file that they act on, fsync with what is in it; both still happen."""
     seen: list[tuple[str, str]] = []
     real_fsync, real_replace = os.fsync, os.replace
 
     def fsync(fd: int) -> None:
-        seen.append(("fsync", Path(f"/proc/self/fd/{fd}").readlink().name))
+        file = Path(f"/proc/self/fd/{fd}")
+        seen.append((f"fsync {file.read_text()}", file.readlink().name))
         real_fsync(fd)
 
     def replace(source: str, target: str, **directories: int) -> None:
@@ -57,7 +58,7 @@ def test_each_input_is_synced_before_it_gets_its_name(
 ) -> None:
     ramdisk.write_inputs((InputFile("a.png", b"one"), InputFile("deep/er/b.png", b"two")))
     kinds = [kind for kind, _ in calls]
-    assert kinds == ["fsync", "replace", "fsync", "replace"]
+    assert kinds == ["fsync one", "replace", "fsync two", "replace"]
     for (_, partial), (_, renamed), name in ((*calls[:2], "a.png"), (*calls[2:], "b.png")):
         assert partial.endswith(".part")
         assert renamed == f"{partial} -> {name}"
