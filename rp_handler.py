@@ -30,7 +30,7 @@ from worker.errors import ComfyUICrashed, ComfyUIUnavailable, RamDiskError, Work
 from worker.follow import Progress, run_workflow
 from worker.outputs import collect_outputs, result_limit_bytes
 from worker.payload import JobRequest, json_safe, parse_job_input
-from worker.process import ComfyUIProcess
+from worker.process import ComfyUIProcess, ProcessState
 from worker.ramdisk import RamDisk
 
 log = logging.getLogger("handler")
@@ -59,8 +59,9 @@ class Worker:
             request = parse_job_input(job_input)
             control.shorten(request.timeout_s or control.timeout_s)
         with steps("clear"):
-            state = self.comfyui.wait_ready(min(self.config.boot_timeout_s, control.remaining_s()), control.check)
-            self.comfyui.clear_queue(self.config.interrupt_grace_s)
+            state = self._wait_ready(control)
+            if not self.comfyui.clear_queue(self.config.interrupt_grace_s):
+                state = self._wait_ready(control)
             self.comfyui.clear_history()
             self.process.scrub_log()
             self.ramdisk.wipe()
@@ -86,6 +87,9 @@ class Worker:
         self.process.note_success(state)
         result["timings_ms"] = steps.timings_ms
         return result
+
+    def _wait_ready(self, control: JobControl) -> ProcessState:
+        return self.comfyui.wait_ready(min(self.config.boot_timeout_s, control.remaining_s()), control.check)
 
     @contextlib.contextmanager
     def _wiped_afterwards(self, request: JobRequest, steps: StepTimer) -> Iterator[None]:

@@ -45,7 +45,7 @@ MUTANTS = [
     Mutant("interrupt", "worker/follow.py", "self._stop()\n            raise", "raise", f"{STOPPING} -k own_deadline"),
     Mutant("shielded thread", "rp_handler.py", "control.cancel()", "pass", f"{STOPPING} -k cancelled_job"),
     Mutant("crash is seen", "worker/follow.py", "self._comfyui.raise_if_dead()  #", "pass  #", "tests/unit/test_follow.py -k restart"),
-    Mutant("queue is cleared", "rp_handler.py", "self.comfyui.clear_queue(self.config.interrupt_grace_s)", "pass", f"{STOPPING} -k leftover"),
+    Mutant("queue is cleared", "rp_handler.py", "not self.comfyui.clear_queue(self.config.interrupt_grace_s)", "False", f"{STOPPING} -k leftover"),
     Mutant("SIGTERM while idle", "rp_handler.py", "number, self.leave)", "number, lambda: None)", f"{STOPPING} -k idle_worker"),
     Mutant("progress", "rp_handler.py", "self._newest = progress", "pass", f"{MAIN} -k progress"),
     Mutant("size limit", "worker/outputs.py", "_check_size(lists, limit_bytes)", "pass", "tests/unit/test_outputs.py"),

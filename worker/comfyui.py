@@ -114,12 +114,14 @@ class ComfyUI:
                 self._post("/interrupt", {"prompt_id": prompt_id})
             self.sleep(QUEUE_POLL_S)
 
-    def clear_queue(self, grace_s: float) -> None:
-        """Make sure that nothing of an earlier job runs or waits; kills a ComfyUI that does not let go."""
+    def clear_queue(self, grace_s: float) -> bool:
+        """Make sure that nothing of an earlier job runs or waits. False if a ComfyUI that did not let go had to be
+        killed for it: then the next start has to be waited for."""
         running, pending = self.queued_ids()
         if (running or pending) and not self.stop(running + pending, grace_s):
             self.kill()
-            raise ComfyUIUnavailable("ComfyUI did not let go of an earlier prompt and is being restarted; try again.")
+            return False
+        return True
 
     def submit(self, workflow: Workflow, prompt_id: str, client_id: str, api_key: str | None) -> list[str]:
         """POST /prompt, once. Returns warnings: nodes that ComfyUI refused while other branches run.

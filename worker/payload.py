@@ -23,7 +23,7 @@ KNOWN_KEYS = ("workflow", "images", "files", "debug", "timeout_s", "comfy_org_ap
 MAX_NAME_BYTES = 255  # what a file system takes for one part of a path
 MAX_NAMED_KEYS = 20  # a result with a sentence for each of a million unknown keys could not be posted
 MAX_TIMEOUT_S = 604_800  # RunPod's own upper bound for executionTimeout: 7 days
-_DATA_URI = re.compile(r"data:[^,]{0,200},", re.IGNORECASE)
+_DATA_URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from worker.errors import RamDiskError
 from worker.ramdisk import overwrite_with_zeros
 
 LOG_TAIL_BYTES = 16_384
+KILL_TIMEOUT_S = 5.0  # a process in the GPU's driver can take its time
+KILL_POLL_S = 0.01
 
 
 class ProcessState(NamedTuple):
@@ -60,10 +63,16 @@ class ComfyUIProcess:
             return False
 
     def kill(self, state: ProcessState) -> None:
-        """End a ComfyUI that does not let go of a prompt; `start.sh` starts the next one."""
+        """End a ComfyUI that does not let go of a prompt, and wait until it is gone, at most KILL_TIMEOUT_S.
+
+        `start.sh` starts the next one.
+        """
         if self.is_alive(state):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(state.pid, signal.SIGKILL)
+        deadline = time.monotonic() + KILL_TIMEOUT_S
+        while self.is_alive(state) and time.monotonic() < deadline:
+            time.sleep(KILL_POLL_S)
 
     def note_success(self, state: ProcessState) -> None:
         """Tell `start.sh` that this start finished a job, so its death counts as the first again."""

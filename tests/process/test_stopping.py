@@ -76,6 +76,16 @@ def test_a_job_that_ends_a_comfyui_gets_its_log_and_the_next_one_a_new_comfyui(d
     assert driver.comfyui_pid() != first_pid
 
 
+def test_a_comfyui_that_hangs_in_mid_job_is_killed_at_the_deadline(driver: Driver) -> None:
+    job_id = driver.start_job({"workflow": slow_workflow(60), "timeout_s": 3})
+    wait_until(driver.comfyui_runs, "the job runs")
+    hung_pid = driver.comfyui_pid()
+    os.kill(hung_pid, signal.SIGSTOP)  # it lives and answers nothing
+    assert driver.finish(job_id)["output"]["error_code"] == "JOB_TIMEOUT"
+    assert_next_job_runs(driver)
+    assert driver.comfyui_pid() != hung_pid
+
+
 # --- the whole worker ends ---
 
 

@@ -391,8 +391,7 @@ def test_a_comfyui_that_holds_on_to_an_earlier_prompt_is_killed(
         "POST /interrupt": (200, ""),
         "GET /queue": (200, queue(["earlier"], ["later"])),
     }
-    with pytest.raises(ComfyUIUnavailable, match="being restarted"):
-        comfyui.clear_queue(grace_s=5)
+    assert comfyui.clear_queue(grace_s=5) is False
     assert process.wait(5) == -signal.SIGKILL
     assert {"delete": ["earlier", "later"]} in double.bodies("POST /queue")
 

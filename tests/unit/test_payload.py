@@ -108,6 +108,7 @@ def test_a_flood_of_unknown_keys_does_not_flood_the_result() -> None:
         (job(images={"a.png": None}), InputInvalid, "must be a Base64 string"),
         (job(images={"a.png": "https://example.org/a.png"}), InputInvalid, "is a URL"),
         (job(images={"a.png": "not base64!"}), MediaInvalid, "not valid Base64"),
+        (job(files={"a.txt": "data:text/plain,hello"}), MediaInvalid, "not valid Base64"),
         (job(files={"a/../../b": "AAAA"}), InputInvalid, "stay inside"),
         (job(files={"a.bin": "AAA!A"}), MediaInvalid, "not valid Base64"),
         (job(images={"a.png": CODED[:-8]}), MediaInvalid, "'a.png'"),
