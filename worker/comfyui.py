@@ -17,7 +17,7 @@ from worker.errors import ComfyUICrashed, ComfyUIUnavailable, PromptRejected
 from worker.payload import Workflow
 from worker.process import ComfyUIProcess, ProcessState
 
-HTTP_TIMEOUT_S = 10.0  # ComfyUI's event loop can stall for seconds while a node holds the GIL
+HTTP_TIMEOUT_S = 5.0  # ComfyUI's event loop can stall for seconds while a node holds the GIL
 SUBMIT_TIMEOUT_S = 60.0  # validation hashes the input files and lists the model folders, on a network volume too
 READY_POLL_S = 0.05
 HUNG_S = 30.0  # a ComfyUI that has answered before and then does not for so long, with nothing to do, is killed
@@ -29,7 +29,7 @@ class ComfyUI:
     """The ComfyUI that listens on 127.0.0.1:``port``. Not thread-safe: one job at a time.
 
     Every method raises ComfyUICrashed when the process has ended, and ComfyUIUnavailable when it lives and does not
-    answer within 10 s, unless it says otherwise.
+    answer within 5 s, unless it says otherwise.
     """
 
     def __init__(
