@@ -22,10 +22,10 @@ SURROGATE = "\ud800"
 
 
 def folder_of(job: dict[str, Any]) -> Path:
-    """The folder shared with the test; notes there that the job has begun."""
+    """The folder shared with the test; notes there that this worker has begun the job."""
     folder = Path(os.environ["SDK_WORKER_DIR"])
     with (folder / "ran").open("a") as ran:
-        ran.write(f"{job['id']}\n")
+        ran.write(f"{job['id']} {os.environ['RUNPOD_POD_ID']}\n")
     return folder
 
 

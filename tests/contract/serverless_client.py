@@ -106,8 +106,12 @@ class Workers:
 
     def ran(self) -> list[str]:
         """The ids of the jobs that handlers have begun, in their order."""
+        return [line.split()[0] for line in self.begun()]
+
+    def begun(self) -> list[str]:
+        """The same with the worker of each: lines of job id and pod id."""
         log = self.folder / "ran"
-        return log.read_text().split() if log.exists() else []
+        return log.read_text().splitlines() if log.exists() else []
 
 
 def start_server(*arguments: str) -> subprocess.Popen[str]:
