@@ -6,7 +6,8 @@ For clients, below /v2/{endpoint}, with `Authorization: Bearer KEY`:
     POST /run  POST /runsync?wait=ms  GET /status/{id}  GET /stream/{id}  POST /cancel/{id}  POST /retry/{id}
     POST /purge-queue  GET /health
 For workers, in the same place, with `Authorization: KEY` (raw, as the SDK sends it; see `worker_environment`):
-    GET /job-take/{pod}  GET /job-stop/{pod}  POST /job-done/{pod}/{id}  POST /job-stream/{pod}/{id}  GET /ping/{pod}
+    GET /job-take/{pod}  GET /job-take-batch/{pod}?batch_size=N  GET /job-stop/{pod}  GET /ping/{pod}
+    POST /job-done/{pod}/{id}  POST /job-stream/{pod}/{id}
 For tests, with `Authorization: Bearer KEY`:
     POST /_fault  GET /_fault (serverless_faults.py)  GET /v2/{endpoint}/_posted/{id}: what workers posted for a job
 
@@ -70,6 +71,7 @@ def _route(app: web.Application, root: str, endpoint: Endpoint, api_key: str) ->
     app.router.add_route("GET", f"{root}/_posted/{{id}}", _guarded(endpoint.posted, f"Bearer {api_key}"))
     for method, path, handler in (
         ("GET", "job-take/{pod}", endpoint.job_take),
+        ("GET", "job-take-batch/{pod}", endpoint.job_take_batch),
         ("GET", "job-stop/{pod}", endpoint.job_stop),
         ("POST", "job-done/{pod}/{id}", endpoint.job_done),
         ("POST", "job-stream/{pod}/{id}", endpoint.job_stream),

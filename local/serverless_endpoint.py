@@ -92,11 +92,16 @@ class Endpoint:
     # --- The calls of workers ---
 
     async def job_take(self, request: web.Request) -> web.Response:
-        pod_id = self._saw(request, polled=True)
-        if fault := self._faults.strike("job-take-held", by=pod_id):
-            await fault.taken_back.wait()
-        job = await self._held(lambda: self._platform.take(pod_id), self._hold_s)
-        return web.json_response({"id": job.id, "input": job.input}) if job else web.Response(status=204)
+        jobs = await self._take(request, 1)
+        return web.json_response(jobs[0]) if jobs else web.Response(status=204)
+
+    async def job_take_batch(self, request: web.Request) -> web.Response:
+        """What the SDK asks with two or more free slots."""
+        size = request.query.get("batch_size", "")
+        if not (size.isascii() and size.isdigit() and 1 <= len(size) <= 4 and int(size)):
+            raise refusal(web.HTTPBadRequest, "`batch_size` must be a number from 1 to 9999")
+        jobs = await self._take(request, int(size))
+        return web.json_response(jobs) if jobs else web.Response(status=204)
 
     async def job_stop(self, request: web.Request) -> web.Response:
         pod_id = self._saw(request)
@@ -152,6 +157,18 @@ class Endpoint:
         finally:
             for task in self._webhooks:
                 task.cancel()
+
+    async def _take(self, request: web.Request, size: int) -> list[dict[str, Any]]:
+        """Hold a poll until there is a job; answer with that one and others that wait, at most `size`."""
+        pod_id = self._saw(request, polled=True)
+        if fault := self._faults.strike("job-take-held", by=pod_id):
+            await fault.taken_back.wait()
+        job = await self._held(lambda: self._platform.take(pod_id), self._hold_s)
+        taken = []
+        while job is not None:
+            taken.append({"id": job.id, "input": job.input})
+            job = self._platform.take(pod_id) if len(taken) < size else None
+        return taken
 
     async def _submit(self, request: web.Request, limit_bytes: int, *, sync: bool) -> Job:
         posted = read_object(await read_body(request, limit_bytes))

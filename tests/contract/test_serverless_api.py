@@ -24,6 +24,8 @@ from serverless_client import (
     wait_until,
 )
 
+from local.serverless_api import CLIENT_CALLS as CALL_NAMES
+from local.serverless_faults import KINDS, Faults
 from local.serverless_wire import parse_object
 
 PODS = {"pod1", "pod2"}
@@ -152,6 +154,16 @@ def test_jobs_are_given_in_order_and_once(endpoint: Endpoint) -> None:
     assert endpoint.take("pod9").status_code == 204
 
 
+def test_a_batch_has_what_waits_up_to_its_size(endpoint: Endpoint) -> None:
+    jobs = [{"id": endpoint.run(number=number), "input": {"number": number}} for number in range(3)]
+    takes = [endpoint.call("GET", "job-take-batch/pod1?gpu=none&batch_size=2", key=KEY) for _ in range(3)]
+    assert [take.status_code for take in takes] == [200, 200, 204]
+    assert [takes[0].json(), takes[1].json()] == [jobs[:2], jobs[2:]]
+    for size in ("", "0", "-1", "x", "\u0662", "10000"):
+        path = f"job-take-batch/pod1?batch_size={size}"
+        assert endpoint.call("GET", path, key=KEY).status_code == 400
+
+
 def test_held_polls_get_one_job_each(endpoint: Endpoint) -> None:
     pods = [f"pod{number}" for number in range(4)]
 
@@ -253,7 +265,10 @@ CLIENT_CALLS = [
     *("POST run", "POST runsync", "GET status/x", "GET stream/x", "POST cancel/x", "POST retry/x", "POST purge-queue"),
     *("GET health", "GET _posted/x", "GET ../../_fault", "POST ../../_fault"),
 ]
-WORKER_CALLS = ["GET job-take/p", "GET job-stop/p", "POST job-done/p/x", "POST job-stream/p/x", "GET ping/p"]
+WORKER_CALLS = [
+    *("GET job-take/p", "GET job-take-batch/p", "GET job-stop/p", "GET ping/p"),
+    *("POST job-done/p/x", "POST job-stream/p/x"),
+]
 
 
 @pytest.mark.parametrize("call", CLIENT_CALLS + WORKER_CALLS)
@@ -347,3 +362,25 @@ def test_other_bytes_are_refused_with_value_error_or_can_be_sent_on(raw: bytes) 
     except ValueError:
         return
     assert parse_object(json.dumps(value, allow_nan=False).encode()) == value
+
+
+FAULT_FIELDS = {
+    "kind": st.sampled_from(list(KINDS)) | JSON,
+    "after": st.integers(-1, 3) | JSON,
+    "times": st.integers(-1, 3) | JSON,
+    "call": st.sampled_from(CALL_NAMES) | JSON,
+    "pod": st.text() | JSON,
+    "other": JSON,
+}
+
+
+@given(st.fixed_dictionaries({}, optional=FAULT_FIELDS))
+def test_a_fault_is_armed_as_ordered_or_refused_with_value_error(order: dict[str, Any]) -> None:
+    faults = Faults()
+    try:
+        faults.arm(order, CALL_NAMES)
+    except ValueError:
+        assert faults.describe() == []
+        return
+    armed = [{"after": 0, "times": 1, "struck": 0, **{key: value for key, value in order.items() if value is not None}}]
+    assert faults.describe() == (armed if order.get("times", 1) else [])

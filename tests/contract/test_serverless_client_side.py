@@ -155,6 +155,15 @@ def test_a_webhook_that_never_answers_200_is_left_alone_after_two_retries(endpoi
         assert hook.posted == [endpoint.status(job_id)] * 3
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/", "http://127.0.0.1:99999/", "http://" + "a" * 300, "http://a b"])
+def test_a_webhook_that_cannot_be_reached_harms_nobody(endpoint: Endpoint, url: str) -> None:
+    job_id = running(endpoint, webhook=url)
+    assert endpoint.done("pod1", job_id, '{"output": 1}').status_code == 200
+    with Hook(500, 500) as last:
+        told_last(endpoint, last)
+    assert endpoint.status(job_id)["output"] == 1
+
+
 def told_last(endpoint: Endpoint, hook: Hook) -> None:
     """Run one more job, whose webhook wants three calls: by the third, a call too many of another would have come."""
     job_id = running(endpoint, webhook=hook.url)
@@ -218,6 +227,16 @@ def test_faults_are_listed_and_taken_back(endpoint: Endpoint) -> None:
     endpoint.fault("client-500", times=0)
     assert endpoint.call("GET", "status/x").status_code == 404
     assert [fault["kind"] for fault in endpoint.call("GET", "../../_fault").json()["faults"]] == ["job-done-400"]
+
+
+def test_a_lost_ping_is_answered_and_not_seen(endpoint: Endpoint) -> None:
+    endpoint.fault("ping-lost", pod="fresh")
+    before = endpoint.health()["workers"]["initializing"]
+    counts = []
+    for _ in range(2):
+        assert endpoint.call("GET", "ping/fresh", key=KEY).status_code == 200
+        counts.append(endpoint.health()["workers"]["initializing"] - before)
+    assert counts == [0, 1]
 
 
 @pytest.mark.parametrize(
