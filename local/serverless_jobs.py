@@ -78,6 +78,11 @@ class Job:
         return self.status not in (Status.IN_QUEUE, Status.IN_PROGRESS)
 
     @property
+    def has_ended(self) -> bool:
+        """Whether its worker is done with it; a late progress update can make an ended job look as if it ran."""
+        return not math.isnan(self.finished_at)
+
+    @property
     def is_sync(self) -> bool:
         return self.id.startswith(SYNC_PREFIX)
 
@@ -253,6 +258,7 @@ class Platform:
     def _enqueue(self, job: Job) -> None:
         """Put a job at the end of the queue. One with an empty input reaches no worker: RunPod ends it as lost."""
         job.status, job.pod_id, job.answer, job.chunks = Status.IN_QUEUE, None, {}, []
+        job.finished_at = math.nan
         if job.input:
             self._queue.append(job)
         else:
@@ -261,7 +267,7 @@ class Platform:
 
     def _expire_job(self, job: Job, now: float) -> bool:
         """Whether the clock has changed something about this job."""
-        if job.is_final:
+        if job.has_ended:
             retention_s = self._terms.sync_retention_s if job.is_sync else self._terms.retention_s
             if now - job.finished_at > retention_s:
                 del self._jobs[job.id]
@@ -310,7 +316,7 @@ class Platform:
         return self._workers.setdefault(pod_id, Worker(seen_at=now, pinged_at=now))
 
     def _is_running(self, job: Job, pod_id: str) -> bool:
-        return job.status is Status.IN_PROGRESS and job.pod_id == pod_id
+        return job.status is Status.IN_PROGRESS and job.pod_id == pod_id and not job.has_ended
 
     def _state(self, pod_id: str) -> str:
         worker = self._workers[pod_id]

@@ -1,6 +1,7 @@
 """What a client meets beyond one good job: chunks, retries, policy, webhooks, several endpoints, faults."""
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -8,8 +9,11 @@ from typing import Any
 
 import pytest
 import requests
-from serverless_client import KEY, Endpoint, serve, wait_until
+from serverless_client import KEY, REPOSITORY, Endpoint, serve, wait_until
 
+from local.serverless_faults import KINDS
+
+README = REPOSITORY / "local" / "README.md"
 OPTIONS = ("--endpoint", "local", "--endpoint", "other", "--webhook-pause-s", "0.05")
 
 
@@ -97,6 +101,19 @@ def test_a_policy_or_webhook_out_of_range_is_refused(endpoint: Endpoint, extra: 
 def test_a_policy_in_range_is_accepted(endpoint: Endpoint) -> None:
     running(endpoint, policy={"executionTimeout": 5000, "ttl": 10_000, "lowPriority": True})
     running(endpoint, policy={})
+
+
+def test_how_long_the_platform_waits_is_an_option() -> None:
+    with serve("--retention-s", "0", "--sync-retention-s", "60", "--lost-s", "0.1") as endpoint:
+        lost = running(endpoint)
+        wait_until(lambda: endpoint.health()["jobs"]["retried"] == 1, "pod1, which never pings, is lost")
+        assert endpoint.take("pod2").json()["id"] == lost
+        wait_until(lambda: endpoint.call("GET", f"status/{lost}").status_code == 404, "the lost job is forgotten")
+        sync = endpoint.call("POST", "runsync", json={"input": {}}).json()
+        assert sync["status"] == "FAILED"
+        forgotten = endpoint.run()
+        wait_until(lambda: endpoint.call("GET", f"status/{forgotten}").status_code == 404, "the /run job is forgotten")
+        assert endpoint.status(sync["id"]) == sync
 
 
 # --- Webhooks ------------------------------------------------------------------------------------------------------
@@ -237,6 +254,12 @@ def test_a_lost_ping_is_answered_and_not_seen(endpoint: Endpoint) -> None:
         assert endpoint.call("GET", "ping/fresh", key=KEY).status_code == 200
         counts.append(endpoint.health()["workers"]["initializing"] - before)
     assert counts == [0, 1]
+
+
+def test_the_documented_faults_are_those_that_there_are() -> None:
+    section = README.read_text().split("### Faults", 1)[1].split("\n### ", 1)[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(kind for row in rows for kind in re.findall(r"`([^`]+)`", row)) == sorted(KINDS)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,21 @@ def test_results_are_kept_half_an_hour_or_a_minute(timed: Timed) -> None:
     assert timed.platform.job(jobs["async"].id) is None and timed.platform.job(cancelled.id) is None
 
 
+def test_a_reopened_job_shows_as_running_until_it_is_forgotten_and_its_worker_is_free(timed: Timed) -> None:
+    job = timed.running("pod1")
+    timed.platform.saw("pod1", polled=True)
+    timed.platform.finish(job, "pod1", {"output": 1})
+    timed.platform.reopen(job, {"step": 1})
+    timed.later(601)
+    assert timed.body(job).items() >= {"status": "IN_PROGRESS", "output": {"step": 1}}.items()
+    timed.platform.finish(job, "pod1", {"output": 2})
+    timed.platform.saw("pod1")
+    assert timed.platform.health()["workers"]["running"] == 0
+    assert timed.platform.take("pod2") is None
+    timed.later(1200)
+    assert timed.platform.job(job.id) is None
+
+
 def test_expire_says_whether_anything_changed(timed: Timed) -> None:
     timed.running("pod1")
     assert timed.platform.expire() is False
