@@ -130,8 +130,11 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 @contextmanager
 def serve(*arguments: str) -> Iterator[Endpoint]:
-    """Run a stand-in; it must end at SIGTERM, with nothing on stderr."""
-    server = start_server("--port", "0", "--hold-s", str(HOLD_S), *arguments)
+    """Run a stand-in; it must end at SIGTERM, with nothing on stderr.
+
+    A worker is never lost unless `arguments` say so: those of plain HTTP do not ping.
+    """
+    server = start_server("--port", "0", "--hold-s", str(HOLD_S), "--lost-s", "600", *arguments)
     assert server.stdout is not None
     try:
         word, url = server.stdout.readline().split()

@@ -98,6 +98,14 @@ def test_a_worker_that_pings_is_never_lost(timed: Timed) -> None:
     assert job.status is Status.IN_PROGRESS and job.retries == 0
 
 
+def test_taking_a_job_is_a_sign_of_life(timed: Timed) -> None:
+    timed.platform.saw("pod1", polled=True)
+    timed.now += 60
+    job = timed.running("pod1")
+    timed.later(10)
+    assert job.status is Status.IN_PROGRESS
+
+
 @pytest.mark.parametrize("status", [Status.TIMED_OUT, Status.FAILED])
 def test_a_job_over_its_execution_timeout_ends_and_its_worker_is_told(status: Status) -> None:
     timed = Timed(Terms(timed_out=status))
