@@ -1,121 +1,34 @@
 """The platform stand-in, driven by the SDK's own worker loop and by plain HTTP; servers and workers are processes."""
 
 import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
+from serverless_client import (
+    HOLD_S,
+    KEY,
+    TIMEOUT_S,
+    Endpoint,
+    Workers,
+    serve,
+    start_server,
+    start_worker,
+    stop,
+    wait_until,
+)
 
-from local.serverless_api import worker_environment
-from local.serverless_jobs import Platform, parse_object
+from local.serverless_api import CLIENT_CALLS as CALL_NAMES
+from local.serverless_faults import KINDS, Faults
+from local.serverless_wire import parse_object
 
-REPOSITORY = Path(__file__).parents[2]
-SDK_WORKER = Path(__file__).with_name("sdk_worker.py")
-KEY = "test-key"
-TIMEOUT_S = 20.0
-HOLD_S = 0.3
 PODS = {"pod1", "pod2"}
-
-
-def wait_until(look: Callable[[], Any], what: str) -> Any:
-    """Return what `look` finds as soon as that is true; fails after TIMEOUT_S."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while not (found := look()):
-        assert time.monotonic() < deadline, f"waited {TIMEOUT_S} s for: {what}"
-        time.sleep(0.02)
-    return found
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """One running stand-in, seen by a client."""
-
-    base_url: str
-
-    def call(self, method: str, path: str, *, key: str = f"Bearer {KEY}", **kwargs: Any) -> requests.Response:
-        headers = {"Authorization": key} if key else {}
-        return requests.request(
-            method, f"{self.base_url}/v2/local/{path}", headers=headers, timeout=TIMEOUT_S, **kwargs
-        )
-
-    def run(self, **job_input: Any) -> str:
-        response = self.call("POST", "run", json={"input": job_input})
-        assert (response.status_code, response.json()["status"]) == (200, "IN_QUEUE"), response.text
-        return str(response.json()["id"])
-
-    def status(self, job_id: str) -> dict[str, Any]:
-        response = self.call("GET", f"status/{job_id}")
-        assert response.status_code == 200, response.text
-        return dict(response.json())
-
-    def until(self, job_id: str, status: str) -> dict[str, Any]:
-        return dict(
-            wait_until(lambda: (body := self.status(job_id))["status"] == status and body, f"{job_id} {status}")
-        )
-
-    def health(self) -> dict[str, dict[str, int]]:
-        return dict(self.call("GET", "health").json())
-
-    def take(self, pod_id: str) -> requests.Response:
-        return self.call("GET", f"job-take/{pod_id}", key=KEY)
-
-    def done(self, pod_id: str, job_id: str, body: str) -> requests.Response:
-        return self.call("POST", f"job-done/{pod_id}/{job_id}", key=KEY, data=body)
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Two SDK workers at one endpoint, and the folder through which a test talks with their handlers."""
-
-    endpoint: Endpoint
-    folder: Path
-
-    def release(self, *job_ids: str) -> None:
-        for job_id in job_ids:
-            (self.folder / f"release-{job_id}").touch()
-
-    def ran(self) -> list[str]:
-        return (self.folder / "ran").read_text().split()
-
-
-def start_server(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "local.serverless_api", "--api-key", KEY, *arguments]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def stop(process: subprocess.Popen[Any]) -> None:
-    """End a process by SIGTERM, and fail after TIMEOUT_S."""
-    process.terminate()
-    try:
-        process.wait(TIMEOUT_S)
-    finally:
-        process.kill()
-
-
-@contextmanager
-def serve() -> Iterator[Endpoint]:
-    """Run a stand-in; it must end at SIGTERM, with nothing on stderr."""
-    server = start_server("--port", "0", "--hold-s", str(HOLD_S))
-    assert server.stdout is not None
-    try:
-        word, url = server.stdout.readline().split()
-        assert word == "listening"
-        yield Endpoint(url)
-    finally:
-        stop(server)
-    assert server.stderr is not None
-    assert (server.returncode, server.stderr.read()) == (0, "")
 
 
 @pytest.fixture(scope="module")
@@ -138,21 +51,9 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     folder = tmp_path_factory.mktemp("sdk_workers")
     with serve() as endpoint, ExitStack() as stack:
         for pod_id in sorted(PODS):
-            stack.callback(stop, start_worker(endpoint.base_url, pod_id, folder))
-        wait_until(lambda: endpoint.health()["workers"]["idle"] == len(PODS), "both workers ask for jobs")
+            stack.callback(stop, start_worker(endpoint, pod_id, folder))
+        endpoint.until_idle(len(PODS))
         yield Workers(endpoint, folder)
-
-
-def start_worker(base_url: str, pod_id: str, folder: Path) -> subprocess.Popen[bytes]:
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(folder),
-        "SDK_WORKER_DIR": str(folder),
-        "RUNPOD_LOG_LEVEL": "INFO",
-        **worker_environment(base_url, "local", KEY, pod_id),
-    }
-    with (folder / f"{pod_id}.log").open("wb") as log:
-        return subprocess.Popen([sys.executable, str(SDK_WORKER)], env=environment, stdout=log, stderr=log)
 
 
 # --- With the SDK's own loop ---------------------------------------------------------------------------------------
@@ -167,26 +68,6 @@ def test_a_result_completes_the_job(workers: Workers) -> None:
     assert body["output"] == {"echo": {"do": "echo", "text": "ü 🐟"}}
     assert body["workerId"] in PODS
     assert isinstance(body["delayTime"], int) and isinstance(body["executionTime"], int)
-
-
-def test_an_error_fails_the_job_and_the_rest_stays_in_output(workers: Workers) -> None:
-    body = workers.endpoint.until(workers.endpoint.run(do="error"), "FAILED")
-    assert body.keys() == {"delayTime", "error", "executionTime", "id", "output", "status", "workerId"}
-    assert body["error"] == "[SOME_CODE] a sentence"
-    assert body["output"] == {"error_code": "SOME_CODE", "details": {"node": "9"}}
-
-
-def test_an_exception_fails_the_job_with_a_json_string(workers: Workers) -> None:
-    body = workers.endpoint.until(workers.endpoint.run(do="raise"), "FAILED")
-    assert "output" not in body
-    error = json.loads(body["error"])
-    assert (error["error_type"], error["error_message"]) == ("<class 'ValueError'>", "the handler broke")
-    assert error["worker_id"] == body["workerId"]
-
-
-def test_an_empty_result_completes_without_output(workers: Workers) -> None:
-    body = workers.endpoint.until(workers.endpoint.run(do="nothing"), "COMPLETED")
-    assert "output" not in body and "error" not in body
 
 
 def test_progress_is_the_output_of_a_running_job(workers: Workers) -> None:
@@ -273,6 +154,16 @@ def test_jobs_are_given_in_order_and_once(endpoint: Endpoint) -> None:
     assert endpoint.take("pod9").status_code == 204
 
 
+def test_a_batch_has_what_waits_up_to_its_size(endpoint: Endpoint) -> None:
+    jobs = [{"id": endpoint.run(number=number), "input": {"number": number}} for number in range(3)]
+    takes = [endpoint.call("GET", "job-take-batch/pod1?gpu=none&batch_size=2", key=KEY) for _ in range(3)]
+    assert [take.status_code for take in takes] == [200, 200, 204]
+    assert [takes[0].json(), takes[1].json()] == [jobs[:2], jobs[2:]]
+    for size in ("", "0", "-1", "x", "\u0662", "10000"):
+        path = f"job-take-batch/pod1?batch_size={size}"
+        assert endpoint.call("GET", path, key=KEY).status_code == 400
+
+
 def test_held_polls_get_one_job_each(endpoint: Endpoint) -> None:
     pods = [f"pod{number}" for number in range(4)]
 
@@ -352,14 +243,6 @@ def test_a_result_that_is_no_json_object_is_refused(endpoint: Endpoint, body: st
     assert seen["status"] == "COMPLETED" and "output" not in seen
 
 
-def test_stream_chunks_are_accepted_and_leave_the_job_running(endpoint: Endpoint) -> None:
-    job_id = endpoint.run(number=1)
-    endpoint.take("pod1")
-    assert endpoint.call("POST", f"job-stream/pod1/{job_id}", key=KEY, data='{"output": 1}').status_code == 200
-    seen = endpoint.status(job_id)
-    assert seen["status"] == "IN_PROGRESS" and "output" not in seen
-
-
 def test_health_tells_the_states_of_workers_apart(endpoint: Endpoint) -> None:
     endpoint.call("GET", "ping/fresh", key=KEY)
     endpoint.call("GET", "ping/sick?status=unhealthy", key=KEY)
@@ -378,8 +261,14 @@ def test_health_tells_the_states_of_workers_apart(endpoint: Endpoint) -> None:
 
 # --- Clients: keys, limits, refusals -------------------------------------------------------------------------------
 
-CLIENT_CALLS = ["POST run", "POST runsync", "GET status/x", "POST cancel/x", "GET health"]
-WORKER_CALLS = ["GET job-take/p", "GET job-stop/p", "POST job-done/p/x", "POST job-stream/p/x", "GET ping/p"]
+CLIENT_CALLS = [
+    *("POST run", "POST runsync", "GET status/x", "GET stream/x", "POST cancel/x", "POST retry/x", "POST purge-queue"),
+    *("GET health", "GET _posted/x", "GET ../../_fault", "POST ../../_fault"),
+]
+WORKER_CALLS = [
+    *("GET job-take/p", "GET job-take-batch/p", "GET job-stop/p", "GET ping/p"),
+    *("POST job-done/p/x", "POST job-stream/p/x"),
+]
 
 
 @pytest.mark.parametrize("call", CLIENT_CALLS + WORKER_CALLS)
@@ -392,7 +281,13 @@ def test_every_call_needs_the_key_in_its_form(shared: Endpoint, call: str) -> No
 
 def test_unknown_jobs_endpoints_and_paths_are_404(shared: Endpoint) -> None:
     known = shared.run(number=1)
-    for method, path in (("GET", "status/none"), ("POST", "cancel/none"), ("GET", "stream"), ("GET", "run")):
+    for method, path in (
+        ("GET", "status/none"),
+        ("POST", "cancel/none"),
+        ("GET", "stream/none"),
+        ("POST", "retry/none"),
+        ("GET", "run"),
+    ):
         response = shared.call(method, path)
         assert (response.status_code, response.json().keys()) == (404, {"error"}), path
     assert shared.done("pod1", "none", "{}").status_code == 404
@@ -446,33 +341,7 @@ def test_a_taken_port_is_one_sentence(shared: Endpoint) -> None:
     assert stderr.startswith(f"The RunPod stand-in cannot listen on port {port}: ") and stderr.count("\n") == 1
 
 
-# --- The state alone, with a clock of its own ----------------------------------------------------------------------
-
-
-def test_times_are_milliseconds_in_the_queue_and_in_the_worker() -> None:
-    now = 100.0
-    platform = Platform(clock=lambda: now)
-    job = platform.submit({"x": 1}, sync=False)
-    now += 1.5
-    assert platform.take("pod1") is job
-    now += 0.25
-    assert (platform.describe(job)["delayTime"], platform.describe(job)["executionTime"]) == (1500, 250)
-    now += 2
-    platform.finish(job, "pod1", {"output": 1})
-    now += 60
-    assert (platform.describe(job)["delayTime"], platform.describe(job)["executionTime"]) == (1500, 2250)
-
-
-def test_a_silent_worker_is_no_longer_counted() -> None:
-    now = 0.0
-    platform = Platform(clock=lambda: now)
-    platform.saw("pod1", polled=True)
-    now = 9.0
-    platform.saw("pod2", polled=True)
-    assert platform.health()["workers"]["idle"] == 2
-    now = 11.0
-    assert platform.health()["workers"]["idle"] == 1
-
+# --- What is read from outside ----------------------------------------------------------------------------------------
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -493,3 +362,25 @@ def test_other_bytes_are_refused_with_value_error_or_can_be_sent_on(raw: bytes) 
     except ValueError:
         return
     assert parse_object(json.dumps(value, allow_nan=False).encode()) == value
+
+
+FAULT_FIELDS = {
+    "kind": st.sampled_from(list(KINDS)) | JSON,
+    "after": st.integers(-1, 3) | JSON,
+    "times": st.integers(-1, 3) | JSON,
+    "call": st.sampled_from(CALL_NAMES) | JSON,
+    "pod": st.text() | JSON,
+    "other": JSON,
+}
+
+
+@given(st.fixed_dictionaries({}, optional=FAULT_FIELDS))
+def test_a_fault_is_armed_as_ordered_or_refused_with_value_error(order: dict[str, Any]) -> None:
+    faults = Faults()
+    try:
+        faults.arm(order, CALL_NAMES)
+    except ValueError:
+        assert faults.describe() == []
+        return
+    armed = [{"after": 0, "times": 1, "struck": 0, **{key: value for key, value in order.items() if value is not None}}]
+    assert faults.describe() == (armed if order.get("times", 1) else [])
