@@ -8,7 +8,7 @@ import pytest
 from tests.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "AGENTS.md", "CHANGELOG.md", "workflows/README.md"]
+DOCUMENTS = ["README.md", "AGENTS.md", "CHANGELOG.md", "workflows/README.md", "local/README.md"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
