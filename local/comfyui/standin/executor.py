@@ -61,7 +61,7 @@ class Executor:
 
     def _run(self, item: Item) -> Outcome:
         self.interrupt.clear()
-        self._sessions.client_id = item[3].get("client_id")
+        self._sessions.client_id = item[3]["client_id"] if "client_id" in item[3] else None  # noqa: SIM401 - it can be a list
         run = PromptRun(
             item,
             self._sessions,

@@ -115,7 +115,8 @@ class PromptRun:
                 values[name] = source.outputs[value[1]] if source else None
             elif name in known:
                 values[name] = value
-        pnginfo = self._extra_data.get("extra_pnginfo")
+        extra = self._extra_data if isinstance(self._extra_data, dict) else {}
+        pnginfo = extra.get("extra_pnginfo")
         hidden = {"PROMPT": self._workflow, "EXTRA_PNGINFO": pnginfo, "UNIQUE_ID": node_id}
         # V1 nodes declare the bare kind, V3 nodes a tuple with it.
         kinds = {name: kind if isinstance(kind, str) else kind[0] for name, kind in declared.get("hidden", {}).items()}
