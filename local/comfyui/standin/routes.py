@@ -112,9 +112,9 @@ class Routes:
         if verdict.error is not None:
             log.warning("invalid prompt: %s", verdict.error)
             return web.json_response({"error": verdict.error, "node_errors": verdict.node_errors}, status=400)
-        secrets: dict[str, Any] = {}
+        named = _SECRETS if isinstance(extra_data, dict) or self._version.stamps_prompts else ()
+        secrets = {name: extra_data.pop(name) for name in named if name in extra_data}
         if self._version.stamps_prompts:
-            secrets = {name: extra_data.pop(name) for name in _SECRETS if name in extra_data}
             extra_data["create_time"] = int(time.time() * 1000)
         self._queue.put((number, prompt_id, workflow, extra_data, verdict.outputs, secrets))
         answer = {"prompt_id": prompt_id, "number": number, "node_errors": verdict.node_errors}

@@ -14,8 +14,8 @@ class Version:
     `names_missing_nodes`: an unknown class is `missing_node_type` with the node's title, else `invalid_prompt`.
     `touches_every_input`: what is no workflow fails as text with 500, where the others refuse it with 400 as JSON.
     `throttles_progress`: between the first and the last step only one `progress` in 100 ms, else one for each step.
-    `has_jobs`: /api/jobs is there. `stamps_prompts`: a prompt's extra data gets a `create_time` and
-    loses its secrets; where not, `null` as extra data is taken, and ends the worker thread.
+    `has_jobs`: /api/jobs is there. `stamps_prompts`: a prompt's extra data gets a `create_time`;
+    where not, `null` as extra data is taken, and ends the worker thread.
     `cached_needs_client`: results from the cache get into the history only of prompts with a client.
     `describes_more`: newer keys in /object_info.
     """
