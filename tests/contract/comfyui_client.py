@@ -29,9 +29,9 @@ Workflow = dict[str, dict[str, Any]]
 Message = dict[str, Any]
 
 
-def capture(name: str) -> dict[str, Any]:
-    """A recording of ComfyUI 0.18.1."""
-    data: dict[str, Any] = json.loads((CAPTURES / f"{name}.json").read_text())
+def capture(name: str, version: str = "0.18.1") -> dict[str, Any]:
+    """A recording of a ComfyUI version."""
+    data: dict[str, Any] = json.loads((CAPTURES / version / f"{name}.json").read_text())
     return data
 
 
@@ -53,6 +53,10 @@ class Listener:
 
     def __exit__(self, *_exc: object) -> None:
         self._socket.close()
+
+    def send(self, text: str) -> None:
+        """Send a text message to the server."""
+        self._socket.send(text)
 
     def next(self) -> Message:
         """The next message; a binary one as {"event", "image_format" or "metadata"}."""
@@ -94,6 +98,9 @@ def _binary(data: bytes) -> Message:
     if event == 4:
         length = struct.unpack(">I", data[4:8])[0]
         return {"event": event, "metadata": json.loads(data[8 : 8 + length])}
+    if event == 3:
+        length = struct.unpack(">I", data[4:8])[0]
+        return {"event": event, "node_id": data[8 : 8 + length].decode(), "text": data[8 + length :].decode()}
     return {"event": event, "image_format": struct.unpack(">I", data[4:8])[0], "image": data[8:]}
 
 
@@ -273,8 +280,49 @@ def empty_and_preview(color: int) -> Workflow:
     return {"1": empty(color=color), "2": preview}
 
 
+def slow(server: ComfyUI, seconds: float = 0.3, nodes: int = 6) -> Workflow:
+    """A chain of slow nodes: about `seconds` each on the stand-in; real ComfyUI blurs instead."""
+    is_standin = server.get("/system_stats").json()["system"].get("stand_in", False)
+    side = 8 if is_standin else 640
+    workflow = {"1": empty(side, side, color=uuid.uuid4().int % 0xFFFFFF)}
+    for number in range(2, 2 + nodes):
+        if is_standin:
+            inputs: dict[str, Any] = {"image": [str(number - 1), 0], "seconds": seconds, "steps": 5}
+        else:
+            inputs = {"image": [str(number - 1), 0], "blur_radius": 31, "sigma": 5.0}
+        workflow[str(number)] = {"class_type": "StandinSleep" if is_standin else "ImageBlur", "inputs": inputs}
+    workflow["9"] = save(str(nodes + 1), "slow")
+    return workflow
+
+
+def post(server: ComfyUI, workflow: Workflow, client_id: str, **more: Any) -> str:
+    answer = server.post("/prompt", {"prompt": workflow, "client_id": client_id, **more})
+    assert answer.status_code == 200, answer.text
+    prompt_id: str = answer.json()["prompt_id"]
+    return prompt_id
+
+
+def start_slow(server: ComfyUI, listener: Listener, client_id: str, **how: Any) -> str:
+    """Post a slow workflow and return once one of its slow nodes runs."""
+    prompt_id = post(server, slow(server, **how), client_id)
+    listener.read_until(lambda message: message.get("type") == "executing" and message["data"]["node"] == "2")
+    return prompt_id
+
+
+def quick(color: int = 1) -> Workflow:
+    return {"1": empty(color=color), "2": save("1", "quick")}
+
+
+def tail(messages: list[Message], prompt_id: str) -> Any:
+    """The three messages that end an interrupted prompt, without the place where it was caught."""
+    last = normal(messages[-3:], {prompt_id: "<prompt>"})
+    for key in ("node_id", "node_type", "executed"):
+        assert last[0]["data"].pop(key)
+    return last
+
+
 # What differs from run to run, or from machine to machine, and what it is replaced with.
-_UNSTABLE_KEYS = {"timestamp", "create_time", "traceback", "tooltip"}
+_UNSTABLE_KEYS = {"timestamp", "traceback", "tooltip", "execution_start_time", "execution_end_time", "priority"}
 _UNORDERED_KEYS = {"executed", "current_outputs"}
 
 
@@ -285,7 +333,9 @@ def normal(value: Any, replacements: dict[str, str]) -> Any:
     (the executed nodes, the outputs to execute) are sorted.
     """
     if isinstance(value, dict):
-        kept = {key: item for key, item in value.items() if key not in _UNSTABLE_KEYS}
+        kept = {
+            key: "<set>" if key == "create_time" else item for key, item in value.items() if key not in _UNSTABLE_KEYS
+        }
         return {
             normal(key, replacements): sorted(item) if key in _UNORDERED_KEYS else normal(item, replacements)
             for key, item in kept.items()

@@ -2,68 +2,8 @@
 
 from __future__ import annotations
 
-import uuid
-from typing import Any
-
 import pytest
-from comfyui_client import ComfyUI, Listener, Message, Workflow, capture, empty, normal, save
-
-
-def slow(server: ComfyUI, seconds: float = 0.3, nodes: int = 6) -> Workflow:
-    """A chain of slow nodes: about `seconds` each on the stand-in; real ComfyUI blurs instead."""
-    is_standin = server.get("/system_stats").json()["system"].get("stand_in", False)
-    side = 8 if is_standin else 640
-    workflow = {"1": empty(side, side, color=uuid.uuid4().int % 0xFFFFFF)}
-    for number in range(2, 2 + nodes):
-        if is_standin:
-            inputs: dict[str, Any] = {"image": [str(number - 1), 0], "seconds": seconds, "steps": 5}
-        else:
-            inputs = {"image": [str(number - 1), 0], "blur_radius": 31, "sigma": 5.0}
-        workflow[str(number)] = {"class_type": "StandinSleep" if is_standin else "ImageBlur", "inputs": inputs}
-    workflow["9"] = save(str(nodes + 1), "slow")
-    return workflow
-
-
-def post(server: ComfyUI, workflow: Workflow, client_id: str, **more: Any) -> str:
-    answer = server.post("/prompt", {"prompt": workflow, "client_id": client_id, **more})
-    assert answer.status_code == 200, answer.text
-    prompt_id: str = answer.json()["prompt_id"]
-    return prompt_id
-
-
-def start_slow(server: ComfyUI, listener: Listener, client_id: str, **how: Any) -> str:
-    """Post a slow workflow and return once one of its slow nodes runs."""
-    prompt_id = post(server, slow(server, **how), client_id)
-    listener.read_until(lambda message: message.get("type") == "executing" and message["data"]["node"] == "2")
-    return prompt_id
-
-
-def quick(color: int = 1) -> Workflow:
-    return {"1": empty(color=color), "2": save("1", "quick")}
-
-
-def tail(messages: list[Message], prompt_id: str) -> Any:
-    """The three messages that end an interrupted prompt, without the place where it was caught."""
-    last = normal(messages[-3:], {prompt_id: "<prompt>"})
-    for key in ("node_id", "node_type", "executed"):
-        assert last[0]["data"].pop(key)
-    return last
-
-
-@pytest.mark.parametrize("form", ["prompt_id", "empty_json", "no_body", "not_json"])
-def test_an_interrupt_ends_the_running_prompt_as_recorded(fresh: ComfyUI, form: str) -> None:
-    recording = capture(f"interrupt_{form}")
-    with fresh.listen("me") as listener:
-        prompt_id = start_slow(fresh, listener, "me")
-        body = {"prompt_id": {"prompt_id": prompt_id}, "empty_json": {}, "no_body": "", "not_json": "{nope"}[form]
-        answer = fresh.post("/interrupt", body)
-        listener.read_to_end(prompt_id)
-    assert (answer.status_code, answer.text) == (200, recording["interrupt_response"]["body"])
-    expected = [item["msg"] for item in recording["ws"]]
-    assert tail(listener.messages, prompt_id) == tail(expected, recording["prompt_id"])
-    status = fresh.history(prompt_id)["status"]
-    assert (status["status_str"], status["completed"]) == ("error", False)
-    assert status["messages"][-1][0] == "execution_interrupted"
+from comfyui_client import ComfyUI, Listener, capture, empty, post, quick, save, start_slow
 
 
 def test_an_interrupt_for_another_prompt_changes_nothing(fresh: ComfyUI) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 
 from aiohttp import web
 
-from . import COMFYUI_VERSION
 from .executor import Executor
+from .faults import Faults
 from .folders import Folders
 from .options import parse
 from .prompt_queue import PromptQueue
 from .routes import Routes
 from .sessions import Sessions, queue_info
+from .versions import VERSIONS, Version
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,11 @@ def main(argv: list[str]) -> int:
     options = parse(argv[1:], Path(argv[0]).absolute().parent)
     stream = sys.stdout if options.log_stdout else sys.stderr
     logging.basicConfig(level=options.verbose, format="%(message)s", stream=stream)
-    log.info("This is a stand-in for ComfyUI %s: its protocol and its model-free image nodes.", COMFYUI_VERSION)
+    log.info("This is a stand-in for ComfyUI %s: its protocol and its model-free nodes.", options.like)
     sys.setrecursionlimit(_RECURSION_LIMIT)
-    folders = Folders(options.input_directory, options.output_directory, options.temp_directory)
+    folders = Folders(
+        options.input_directory, options.output_directory, options.temp_directory, options.models_directory
+    )
     shutil.rmtree(folders.temp, ignore_errors=True)
     try:
         folders.temp.mkdir(parents=True)
@@ -52,10 +55,14 @@ def main(argv: list[str]) -> int:
 
 
 async def _serve(options: argparse.Namespace, folders: Folders) -> None:
-    sessions = Sessions(asyncio.get_running_loop(), _features(options.max_upload_size))
-    executor = Executor(sessions, folders, metadata=not options.disable_metadata)
+    version = VERSIONS[options.like]
+    faults = Faults(options.user_directory, dict(os.environ))
+    faults.at_boot()
+    sessions = Sessions(asyncio.get_running_loop(), _features(version, options.max_upload_size), faults)
+    preview = options.preview_method != "none"
+    executor = Executor(sessions, folders, version, faults, metadata=not options.disable_metadata, preview=preview)
     queue = PromptQueue(lambda remaining: sessions.publish("status", {"status": queue_info(remaining)}))
-    routes = Routes(queue, sessions, executor, folders)
+    routes = Routes(queue, sessions, executor, folders, version, faults)
     runner = web.AppRunner(routes.application(options), access_log=None)
     await runner.setup()
     for address in options.listen.split(","):
@@ -65,14 +72,12 @@ async def _serve(options: argparse.Namespace, folders: Folders) -> None:
     await sessions.deliver_forever()
 
 
-def _features(max_upload_size_mib: float) -> dict[str, Any]:
-    """What GET /features of 0.18.1 says (comfy_api/feature_flags.py)."""
+def _features(version: Version, max_upload_size_mib: float) -> dict[str, Any]:
+    """What GET /features says (comfy_api/feature_flags.py)."""
     return {
         "supports_preview_metadata": True,
         "max_upload_size": round(max_upload_size_mib * 1024 * 1024),
-        "extension": {"manager": {"supports_v4": True}},
-        "node_replacements": True,
-        "assets": False,
+        **version.features,
     }
 
 

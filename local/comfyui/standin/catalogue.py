@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .compose_nodes import GetImageSize, ImageBlur, ImageStitch, LoadImageMask, LoadImageOutput, MaskToImage
 from .image_nodes import (
     EmptyImage,
     ImageBatch,
@@ -12,8 +13,26 @@ from .image_nodes import (
     LoadImage,
     StandinSleep,
 )
+from .media_nodes import CreateVideo, EmptyAudio, SaveAnimatedPNG, SaveAnimatedWEBP, SaveAudio, SaveVideo
 from .node import Node
+from .sampler_nodes import (
+    CheckpointLoaderSimple,
+    CLIPTextEncode,
+    EmptyLatentImage,
+    KSampler,
+    StandinCheckpoint,
+    VAEDecode,
+)
 from .save_nodes import PreviewImage, SaveImage, SaveImageWebsocket
+from .text_nodes import (
+    PreviewAny,
+    PrimitiveBoolean,
+    PrimitiveFloat,
+    PrimitiveInt,
+    PrimitiveString,
+    PrimitiveStringMultiline,
+    StringConcatenate,
+)
 
 NODE_CLASSES: dict[str, type[Node]] = {
     node_class.__name__: node_class
@@ -28,6 +47,31 @@ NODE_CLASSES: dict[str, type[Node]] = {
         EmptyImage,
         ImageCrop,
         SaveImageWebsocket,
+        LoadImageMask,
+        LoadImageOutput,
+        MaskToImage,
+        ImageStitch,
+        ImageBlur,
+        GetImageSize,
+        SaveAnimatedWEBP,
+        SaveAnimatedPNG,
+        CreateVideo,
+        SaveVideo,
+        EmptyAudio,
+        SaveAudio,
+        PreviewAny,
+        PrimitiveString,
+        PrimitiveStringMultiline,
+        PrimitiveInt,
+        PrimitiveFloat,
+        PrimitiveBoolean,
+        StringConcatenate,
+        CheckpointLoaderSimple,
+        CLIPTextEncode,
+        EmptyLatentImage,
+        KSampler,
+        VAEDecode,
+        StandinCheckpoint,
         StandinSleep,
     )
 }

@@ -7,11 +7,13 @@ import threading
 import time
 
 from .cache import ResultCache
+from .faults import Faults
 from .folders import Folders
 from .node import InterruptedPromptError
 from .prompt_queue import Item, Outcome, PromptQueue
 from .prompt_run import PromptRun
 from .sessions import Sessions
+from .versions import Version
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +27,16 @@ class Executor:
     is set just before a prompt begins is lost: ComfyUI's own race.
     """
 
-    def __init__(self, sessions: Sessions, folders: Folders, *, metadata: bool) -> None:
+    def __init__(
+        self, sessions: Sessions, folders: Folders, version: Version, faults: Faults, *, metadata: bool, preview: bool
+    ) -> None:
         self.interrupt = threading.Event()
         self._sessions = sessions
         self._folders = folders
+        self._version = version
+        self._faults = faults
         self._metadata = metadata
+        self._preview = preview
         self._cache = ResultCache(folders)
 
     def work_forever(self, queue: PromptQueue, history_delay_s: float) -> None:
@@ -40,8 +47,11 @@ class Executor:
             if item is not None:
                 started = time.monotonic()
                 outcome = self._run(item)
-                time.sleep(history_delay_s)
+                late = self._faults.strikes("history_late")
+                time.sleep(late.seconds if late else history_delay_s)
                 queue.finish(item[1], outcome)
+                if self._faults.strikes("history_missing"):
+                    queue.delete_history(item[1])
                 if self._sessions.client_id is not None:
                     ended = {"node": None, "prompt_id": item[1]}
                     self._sessions.publish("executing", ended, self._sessions.client_id)
@@ -51,9 +61,19 @@ class Executor:
 
     def _run(self, item: Item) -> Outcome:
         self.interrupt.clear()
-        self._sessions.client_id = item[3].get("client_id")
-        run = PromptRun(item, self._sessions, self._cache, self._folders, self._check_interrupt)
-        run.execute(metadata=self._metadata)
+        self._sessions.client_id = item[3]["client_id"] if "client_id" in item[3] else None  # noqa: SIM401 - it can be a list
+        run = PromptRun(
+            item,
+            self._sessions,
+            self._cache,
+            self._folders,
+            self._version,
+            self._faults,
+            self._check_interrupt,
+            metadata=self._metadata,
+            preview=self._preview,
+        )
+        run.execute()
         self._sessions.last_node_id = None
         return run.outcome
 

@@ -24,11 +24,12 @@ class SavePlace:
 
 @dataclass(frozen=True)
 class Folders:
-    """The three folders, absolute and with symbolic links as they were given (ComfyUI does not resolve them)."""
+    """The folders, absolute and with symbolic links as they were given (ComfyUI does not resolve them)."""
 
     input: Path
     output: Path
     temp: Path
+    models: Path
 
     def of_type(self, kind: str) -> Path | None:
         """The folder that a `type` on the wire names: "input", "output" or "temp"."""

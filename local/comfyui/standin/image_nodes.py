@@ -63,7 +63,7 @@ class EmptyImage(Node):
         )
 
     def run(self, context: Context, **inputs: Any) -> Result:
-        frame = solid(inputs["width"], inputs["height"], inputs["color"])
+        frame = solid(inputs["width"], inputs["height"], inputs["color"], inputs["batch_size"])
         return Result((Batch((frame,) * inputs["batch_size"]),))
 
 

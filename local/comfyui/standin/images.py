@@ -87,11 +87,13 @@ class Batch:
         return Batch(tuple(frame.cropped(*box).scaled(width, height, method) for frame in self.frames))
 
 
-def solid(width: int, height: int, colour: int) -> Frame:
-    """A frame of one colour, 0xRRGGBB. Raises MemoryError when it would not fit the machine's memory."""
-    size_bytes = width * height * 3 * 4
+def solid(width: int, height: int, colour: int, count: int) -> Frame:
+    """A frame of one colour, 0xRRGGBB. Raises RuntimeError where torch could not hold one plane of `count` such."""
+    size_bytes = width * height * count * 4
     if size_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise MemoryError(f"a frame of {width}x{height} needs {size_bytes} bytes")
+        problem = f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size_bytes} bytes."
+        fate = "Error code 12 (Cannot allocate memory)"
+        raise RuntimeError(f"[enforce fail at alloc_cpu.cpp:127] err == 0. {problem} {fate}")
     values = (colour >> 16 & 0xFF, colour >> 8 & 0xFF, colour & 0xFF)
     return Frame(tuple(Image.new("F", (width, height), value / 255) for value in values))
 
@@ -113,6 +115,13 @@ def load_frames(path: str | os.PathLike[str]) -> Iterator[tuple[Frame, Image.Ima
                 yield Frame.from_pixels(upright), _mask(upright)
             if file.format == "MPO":
                 return
+
+
+def load_upright(path: str | os.PathLike[str]) -> Image.Image:
+    """The first picture of a file, turned upright. Raises OSError or PIL.UnidentifiedImageError."""
+    with Image.open(path) as file:
+        upright = _upright(file)
+        return upright.point(lambda value: value * (1 / 255)) if upright.mode == "I" else upright
 
 
 def _upright(raw: Image.Image) -> Image.Image:

@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from .folders import Folders
+from .versions import Version
 
 # {"required": {name: (type or list of choices, options)}, "optional": {...}, "hidden": {name: "PROMPT"}}
 Inputs = dict[str, dict[str, Any]]
+Preview = tuple[str, Image.Image]  # ("JPEG" or "PNG", picture)
 
 
 class InterruptedPromptError(Exception):
@@ -32,23 +34,29 @@ class Context:
     """What a node may use while it runs.
 
     `progress(value, maximum, preview)` reports a step; it raises InterruptedPromptError when the prompt is to stop.
+    `say(text)` sends a text about the node to every client. `preview`: samplers should show their steps.
     """
 
     folders: Folders
     metadata: bool
-    progress: Callable[[float, float, Image.Image | None], None]
+    preview: bool
+    progress: Callable[[float, float, Preview | None], None]
+    say: Callable[[str], None]
 
 
 class Node(ABC):
     """Base of all node classes. One instance serves a node id until the id or its class leaves the workflow."""
 
-    display_name: ClassVar[str]
+    display_name: ClassVar[str | None]
     category: ClassVar[str] = "image"
     module: ClassVar[str] = "nodes"
     returns: ClassVar[tuple[str, ...]] = ()
     output_names: ClassVar[tuple[str, ...] | None] = None
     output_node: ClassVar[bool] = False
     deprecated: ClassVar[bool] = False
+    experimental: ClassVar[bool] = False
+    # Whether ComfyUI defines it with the newer node interface, whose descriptions have more keys.
+    v3: ClassVar[bool] = False
     # Inputs that `validate` looks at itself; ComfyUI then leaves out its own check of range and choices.
     validates: ClassVar[tuple[str, ...]] = ()
 
@@ -72,13 +80,13 @@ class Node(ABC):
         """Execute the node. Whatever it raises becomes an execution_error of the prompt."""
 
 
-def describe(node_class: type[Node], folders: Folders) -> dict[str, Any]:
-    """The entry of one class in GET /object_info (server.py 0.18.1, without the texts for the web interface)."""
+def describe(node_class: type[Node], folders: Folders, version: Version) -> dict[str, Any]:
+    """The entry of one class in GET /object_info (server.py, without the texts for the web interface)."""
     inputs = node_class.inputs(folders)
     entry: dict[str, Any] = {
         "input": inputs,
         "input_order": {category: list(names) for category, names in inputs.items()},
-        "is_input_list": False,
+        **({"is_input_list": False} if node_class.v3 or version.describes_more else {}),
         "output": node_class.returns,
         "output_is_list": [False] * len(node_class.returns),
         "output_name": node_class.output_names or node_class.returns,
@@ -89,9 +97,12 @@ def describe(node_class: type[Node], folders: Folders) -> dict[str, Any]:
         "category": node_class.category,
         "output_node": node_class.output_node,
     }
-    if node_class.deprecated:
-        entry["deprecated"] = True
-    return entry
+    if node_class.v3:
+        newer = {"output_matchtypes": None, "dev_only": False, "price_badge": None} if version.describes_more else {}
+        flags = {"deprecated": node_class.deprecated, "experimental": node_class.experimental}
+        return {**entry, **flags, "api_node": False, "output_tooltips": [None] * len(node_class.returns), **newer}
+    flags = {"deprecated": node_class.deprecated, "experimental": node_class.experimental}
+    return {**entry, **{name: True for name, value in flags.items() if value}}
 
 
 def type_name(failure: BaseException) -> str:

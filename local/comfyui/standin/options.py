@@ -7,6 +7,8 @@ import ipaddress
 import os
 from pathlib import Path
 
+from .versions import NEWEST, VERSIONS
+
 # Flags that take no value. They are accepted because start scripts give them; none changes what the stand-in does.
 _SWITCHES = (
     "auto-launch",
@@ -92,7 +94,10 @@ def parse(argv: list[str], home: Path) -> argparse.Namespace:
         parser.error(f"the stand-in listens on loopback addresses only, not on {options.listen}")
     if options.user_directory is not None and not Path(options.user_directory).is_dir():
         parser.error(f"argument --user-directory: the path '{options.user_directory}' is not a directory")
+    if options.like not in VERSIONS:
+        parser.error(f"--like (or STANDIN_LIKE) is one of {', '.join(VERSIONS)}, not {options.like}")
     base = Path(options.base_directory or home)
+    options.models_directory = base / "models"
     # main.py 0.18.1: `temp` is a folder of its own beneath --temp-directory, emptied at every start.
     for name, given in (
         ("input", options.input_directory),
@@ -115,6 +120,10 @@ def _add_acted_on(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disable-metadata", action="store_true", help="no workflow in the PNG files")
     levels = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
     parser.add_argument("--verbose", default="INFO", const="DEBUG", nargs="?", choices=levels)
+    like = os.environ.get("STANDIN_LIKE", NEWEST)
+    parser.add_argument("--like", default=like, metavar="VERSION", help="not in ComfyUI: which version to be like")
+    previews = ["none", "auto", "latent2rgb", "taesd"]
+    parser.add_argument("--preview-method", choices=previews, default="none", help="none: no previews")
     parser.add_argument("--log-stdout", action="store_true", help="log to stdout; the default is stderr")
 
 
@@ -131,7 +140,6 @@ def _add_ignored(parser: argparse.ArgumentParser) -> None:
     ignored.add_argument("--enable-cors-header", nargs="?", const="*", metavar="ORIGIN")
     ignored.add_argument("--extra-model-paths-config", nargs="+", action="append", metavar="PATH")
     ignored.add_argument("--directml", type=int, nargs="?", const=-1)
-    ignored.add_argument("--preview-method", choices=["none", "auto", "latent2rgb", "taesd"], default="none")
     ignored.add_argument("--async-offload", type=int, nargs="?", const=2)
     ignored.add_argument("--fast", nargs="*")
     ignored.add_argument("--whitelist-custom-nodes", nargs="+", default=[])

@@ -9,23 +9,25 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from PIL import Image
-
+from .node import Preview
 from .sessions import PREVIEW_IMAGE, PREVIEW_IMAGE_WITH_METADATA, Sessions
 
 # comfy/utils.py 0.18.1: between the first and the last step, at most one `progress` in this time.
 _MIN_INTERVAL_S = 0.1
 _MIN_CHANGE = 0.005
-_PNG = 2
+_FORMATS = {"JPEG": 1, "PNG": 2}
 
 
 class Progress:
     """The progress of one prompt. Every message names all nodes so far, so their size grows with each of them."""
 
-    def __init__(self, sessions: Sessions, prompt_id: str, check_interrupt: Callable[[], None]) -> None:
+    def __init__(
+        self, sessions: Sessions, prompt_id: str, check_interrupt: Callable[[], None], *, throttled: bool
+    ) -> None:
         self._sessions = sessions
         self._prompt_id = prompt_id
         self._check_interrupt = check_interrupt
+        self._throttled = throttled
         self._nodes: dict[str, dict[str, Any]] = {}
         self._last_sent = (0.0, -1.0)  # (monotonic time, value)
 
@@ -39,7 +41,7 @@ class Progress:
         maximum = self._nodes[node_id]["max"] if node_id in self._nodes else 1
         self._set(node_id, "finished", maximum, maximum)
 
-    def step(self, node_id: str, value: float, maximum: float, preview: Image.Image | None) -> None:
+    def step(self, node_id: str, value: float, maximum: float, preview: Preview | None) -> None:
         """A node is at `value` of `maximum`. Raises InterruptedPromptError when the prompt is to stop."""
         self._check_interrupt()
         if preview is None and not self._is_due(value, maximum):
@@ -53,11 +55,12 @@ class Progress:
         data = {"value": value, "max": maximum, "prompt_id": self._prompt_id, "node": node_id}
         self._sessions.publish("progress", data, client_id)
         if preview is not None and not rich:
-            self._sessions.publish(PREVIEW_IMAGE, struct.pack(">I", _PNG) + _png(preview), client_id)
+            frame = struct.pack(">I", _FORMATS[preview[0]]) + _encoded(preview)
+            self._sessions.publish(PREVIEW_IMAGE, frame, client_id)
 
     def _is_due(self, value: float, maximum: float) -> bool:
         sent_at, sent_value = self._last_sent
-        if sent_value < 0 or value >= maximum:
+        if not self._throttled or sent_value < 0 or value >= maximum:
             return True
         changed = (value - sent_value) / maximum >= _MIN_CHANGE
         return changed and time.monotonic() - sent_at >= _MIN_INTERVAL_S
@@ -79,12 +82,13 @@ class Progress:
             "real_node_id": node_id,
         }
 
-    def _rich_preview(self, node_id: str, preview: Image.Image) -> bytes:
-        metadata = json.dumps({**self._identity(node_id), "image_type": "image/png"}).encode()
-        return struct.pack(">I", len(metadata)) + metadata + _png(preview)
+    def _rich_preview(self, node_id: str, preview: Preview) -> bytes:
+        kind = f"image/{preview[0].lower()}"
+        metadata = json.dumps({**self._identity(node_id), "image_type": kind}).encode()
+        return struct.pack(">I", len(metadata)) + metadata + _encoded(preview)
 
 
-def _png(picture: Image.Image) -> bytes:
+def _encoded(preview: Preview) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=1)
+    preview[1].save(buffer, format=preview[0], compress_level=1, quality=95)
     return buffer.getvalue()

@@ -11,19 +11,24 @@ from typing import Any
 
 from .cache import Cached, ResultCache
 from .catalogue import NODE_CLASSES
+from .faults import Faults, OutOfMemoryError, die
 from .folders import Folders
 from .node import Context, InterruptedPromptError, type_name
 from .plan import Plan
 from .progress import Progress
 from .prompt_queue import Item, Outcome
-from .sessions import Sessions
+from .sessions import TEXT, Sessions, text_frame
+from .versions import Version
 from .workflow import is_link
 
 log = logging.getLogger(__name__)
 
 
 class PromptRun:
-    """Runs the nodes of a prompt. `outcome` is what the history keeps of it."""
+    """Runs the nodes of a prompt. `outcome` is what the history keeps of it.
+
+    `metadata`: saved files hold the workflow. `preview`: samplers show their steps.
+    """
 
     def __init__(
         self,
@@ -31,26 +36,35 @@ class PromptRun:
         sessions: Sessions,
         cache: ResultCache,
         folders: Folders,
+        version: Version,
+        faults: Faults,
         check_interrupt: Callable[[], None],
+        *,
+        metadata: bool,
+        preview: bool,
     ) -> None:
         _, self._prompt_id, self._workflow, self._extra_data, self._outputs, _ = item
         self._sessions = sessions
         self._cache = cache
         self._folders = folders
+        self._version = version
+        self._faults = faults
         self._check_interrupt = check_interrupt
-        self._progress = Progress(sessions, self._prompt_id, check_interrupt)
+        self._progress = Progress(sessions, self._prompt_id, check_interrupt, throttled=version.throttles_progress)
+        self._metadata = metadata
+        self._preview = preview
         self._executed: list[str] = []
         self.outcome = Outcome()
 
-    def execute(self, *, metadata: bool) -> None:
-        """Run to the end, whichever it is; with `metadata` the saved files hold the workflow."""
+    def execute(self) -> None:
+        """Run to the end, whichever it is."""
         self._report("execution_start")
         self._cache.start(self._workflow)
         cached = [node_id for node_id in self._workflow if self._is_cached(node_id)]
         self._report("execution_cached", nodes=cached)
         plan = Plan(self._workflow, self._outputs, self._is_cached)
         while (node_id := plan.next()) is not None:
-            if not self._run_node(node_id, metadata):
+            if not self._run_node(node_id):
                 self.outcome.success = False
                 return
             plan.done(node_id)
@@ -59,7 +73,7 @@ class PromptRun:
     def _is_cached(self, node_id: str) -> bool:
         return self._cache.get(node_id) is not None
 
-    def _run_node(self, node_id: str, metadata: bool) -> bool:
+    def _run_node(self, node_id: str) -> bool:
         """Run a node, or repeat the message of a cached one. False: it stopped the prompt, and that is reported."""
         cached = self._cache.get(node_id)
         if cached is not None:
@@ -69,7 +83,7 @@ class PromptRun:
         self._progress.start(node_id)
         try:
             inputs.update(self._gather(node_id))
-            self._compute(node_id, inputs, metadata)
+            self._compute(node_id, inputs)
         except InterruptedPromptError:
             log.info("Processing interrupted")
             self._report_stop("execution_interrupted", node_id, always=True)
@@ -84,8 +98,8 @@ class PromptRun:
 
     def _repeat(self, node_id: str, cached: Cached) -> None:
         output = cached.ui["output"] if cached.ui else None
-        # Only for a prompt with a client does a cached result get into the history (0.18.1, execute).
-        if self._tell("executed", node=node_id, display_node=node_id, output=output) and cached.ui:
+        heard = self._tell("executed", node=node_id, display_node=node_id, output=output)
+        if cached.ui and (heard or not self._version.cached_needs_client):
             self._keep(node_id, cached.ui)
         self._progress.finish(node_id)
 
@@ -101,15 +115,22 @@ class PromptRun:
                 values[name] = source.outputs[value[1]] if source else None
             elif name in known:
                 values[name] = value
-        hidden = {"PROMPT": self._workflow, "EXTRA_PNGINFO": self._extra_data.get("extra_pnginfo")}
-        return values | {name: hidden[kind] for name, kind in declared.get("hidden", {}).items()}
+        extra = self._extra_data if isinstance(self._extra_data, dict) else {}
+        pnginfo = extra.get("extra_pnginfo")
+        hidden = {"PROMPT": self._workflow, "EXTRA_PNGINFO": pnginfo, "UNIQUE_ID": node_id}
+        # V1 nodes declare the bare kind, V3 nodes a tuple with it.
+        kinds = {name: kind if isinstance(kind, str) else kind[0] for name, kind in declared.get("hidden", {}).items()}
+        return values | {name: hidden[kind] for name, kind in kinds.items()}
 
-    def _compute(self, node_id: str, inputs: dict[str, Any], metadata: bool) -> None:
+    def _compute(self, node_id: str, inputs: dict[str, Any]) -> None:
         self._sessions.last_node_id = node_id
         self._tell("executing", node=node_id, display_node=node_id)
         node = self._cache.node_object(node_id, self._workflow[node_id]["class_type"])
         self._check_interrupt()
-        result = node.run(Context(self._folders, metadata, partial(self._progress.step, node_id)), **inputs)
+        self._strike(node_id)
+        step, say = partial(self._progress.step, node_id), partial(self._say, node_id)
+        result = node.run(Context(self._folders, self._metadata, self._preview, step, say), **inputs)
+        self._spoil(result.ui)
         ui = None
         if result.ui:
             meta = {"node_id": node_id, "display_node": node_id, "parent_node": None, "real_node_id": node_id}
@@ -117,6 +138,29 @@ class PromptRun:
             self._keep(node_id, ui)
             self._tell("executed", node=node_id, display_node=node_id, output=result.ui)
         self._cache.put(node_id, Cached(result.outputs, ui))
+
+    def _say(self, node_id: str, text: str) -> None:
+        self._sessions.publish(TEXT, text_frame(node_id, text))  # to every client (0.18.1, send_progress_text)
+
+    def _strike(self, node_id: str) -> None:
+        """The faults that begin with a node."""
+        if self._faults.strikes("crash"):
+            die()
+        if hang := self._faults.strikes("hang"):
+            time.sleep(hang.seconds)
+        if flood := self._faults.strikes("flood"):
+            for _ in range(flood.count):
+                self._progress.start(node_id)
+        if self._faults.strikes("out_of_memory"):
+            raise OutOfMemoryError("Allocation on device 0 would exceed allowed memory. (out of memory)")
+        if self._faults.strikes("dead_worker"):
+            raise SystemExit
+
+    def _spoil(self, ui: dict[str, list[Any]]) -> None:
+        for items in ui.values():
+            for item in items:
+                if isinstance(item, dict) and (folder := self._folders.of_type(item["type"])):
+                    self._faults.at_saved_file(folder / item["subfolder"] / item["filename"])
 
     def _keep(self, node_id: str, ui: dict[str, Any]) -> None:
         self.outcome.outputs[node_id] = ui["output"]

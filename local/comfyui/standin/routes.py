@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import mimetypes
@@ -10,21 +11,28 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from PIL import Image
 
-from . import COMFYUI_VERSION
+from . import jobs
 from .catalogue import NODE_CLASSES
 from .executor import Executor
+from .faults import Faults
 from .folders import Folders
 from .node import describe
 from .prompt_queue import PromptQueue, public
 from .sessions import Sessions, queue_info
+from .uploads import upload
 from .validation import validate
+from .versions import Version
 
 log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _SECRETS = ("auth_token_comfy_org", "api_key_comfy_org")
 
@@ -32,16 +40,33 @@ _SECRETS = ("auth_token_comfy_org", "api_key_comfy_org")
 class Routes:
     """Handlers of all paths. What is no JSON, or not of the expected shape, is answered 500 as text, as there."""
 
-    def __init__(self, queue: PromptQueue, sessions: Sessions, executor: Executor, folders: Folders) -> None:
+    def __init__(
+        self,
+        queue: PromptQueue,
+        sessions: Sessions,
+        executor: Executor,
+        folders: Folders,
+        version: Version,
+        faults: Faults,
+    ) -> None:
         self._queue = queue
         self._sessions = sessions
         self._executor = executor
         self._folders = folders
+        self._version = version
+        self._faults = faults
         self._number = 0
 
     def application(self, options: argparse.Namespace) -> web.Application:
         """The aiohttp application with all routes."""
-        app = web.Application(client_max_size=round(options.max_upload_size * 1024 * 1024))
+        limit_bytes = round(options.max_upload_size * 1024 * 1024)
+        app = web.Application(client_max_size=limit_bytes, middlewares=[self._fail_on_request])
+        app.router.add_get("/_fault", self.get_fault)
+        app.router.add_post("/_fault", self.post_fault)
+        app.router.add_delete("/_fault", self.delete_fault)
+        if self._version.has_jobs:
+            app.router.add_get("/api/jobs", self.get_jobs)
+            app.router.add_get("/api/jobs/{job_id}", self.get_job)
         for prefix in ("", "/api"):
             for path, get, post in (
                 ("/ws", self.get_ws, None),
@@ -56,6 +81,7 @@ class Routes:
                 ("/system_stats", self.get_system_stats, None),
                 ("/features", self.get_features, None),
                 ("/view", self.get_view, None),
+                ("/upload/image", None, self.post_upload),
             ):
                 if get:
                     app.router.add_get(prefix + path, get)
@@ -79,15 +105,17 @@ class Routes:
             return web.json_response({"error": problem, "node_errors": {}}, status=400)
         workflow = body["prompt"]
         prompt_id = str(body.get("prompt_id", uuid.uuid4()))
-        verdict = validate(workflow, self._folders, body.get("partial_execution_targets"))
+        verdict = validate(workflow, self._folders, body.get("partial_execution_targets"), self._version)
         extra_data = body.get("extra_data", {})
         if "client_id" in body:
             extra_data["client_id"] = body["client_id"]
         if verdict.error is not None:
             log.warning("invalid prompt: %s", verdict.error)
             return web.json_response({"error": verdict.error, "node_errors": verdict.node_errors}, status=400)
-        secrets = {name: extra_data.pop(name) for name in _SECRETS if name in extra_data}
-        extra_data["create_time"] = int(time.time() * 1000)
+        named = _SECRETS if isinstance(extra_data, dict) or self._version.stamps_prompts else ()
+        secrets = {name: extra_data.pop(name) for name in named if name in extra_data}
+        if self._version.stamps_prompts:
+            extra_data["create_time"] = int(time.time() * 1000)
         self._queue.put((number, prompt_id, workflow, extra_data, verdict.outputs, secrets))
         answer = {"prompt_id": prompt_id, "number": number, "node_errors": verdict.node_errors}
         return web.json_response(answer)
@@ -149,22 +177,62 @@ class Routes:
             self._queue.set_flag("free_memory", True)
         return web.Response()
 
+    async def get_jobs(self, request: web.Request) -> web.Response:
+        running, pending = self._queue.current()
+        try:
+            return web.json_response(jobs.listing(request.query, running, pending, self._queue.history(None, -1)))
+        except jobs.BadQueryError as refusal:
+            return web.json_response({"error": str(refusal)}, status=400)
+
+    async def get_job(self, request: web.Request) -> web.Response:
+        prompt_id = request.match_info["job_id"]
+        job = jobs.one(prompt_id, *self._queue.current(), self._queue.history_of(prompt_id))
+        return web.json_response(job) if job else web.json_response({"error": "Job not found"}, status=404)
+
+    async def post_upload(self, request: web.Request) -> web.Response:
+        return await upload(request, self._folders)
+
+    async def get_fault(self, _request: web.Request) -> web.Response:
+        return web.json_response(self._faults.listing())
+
+    async def post_fault(self, request: web.Request) -> web.Response:
+        try:
+            self._faults.arm(await request.json())
+        except (TypeError, ValueError) as refusal:
+            return web.json_response({"error": str(refusal)}, status=400)
+        return web.json_response(self._faults.listing())
+
+    async def delete_fault(self, _request: web.Request) -> web.Response:
+        self._faults.clear()
+        return web.Response()
+
+    @web.middleware
+    async def _fail_on_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self._faults.strikes("http_500", request.path.removeprefix("/api")):
+            raise RuntimeError("a fault was asked for")
+        try:
+            return await handler(request)
+        except web.HTTPNotFound:
+            # ComfyUI looks for the web interface's files last, and answers without a text.
+            return web.Response(status=404, headers={"Content-Type": "application/octet-stream"})
+
     async def get_object_info(self, _request: web.Request) -> web.Response:
-        return web.json_response({name: describe(node, self._folders) for name, node in NODE_CLASSES.items()})
+        described = {name: describe(node, self._folders, self._version) for name, node in NODE_CLASSES.items()}
+        return web.json_response(described)
 
     async def get_object_info_of(self, request: web.Request) -> web.Response:
         name = request.match_info["node_class"]
-        known = {name: describe(NODE_CLASSES[name], self._folders)} if name in NODE_CLASSES else {}
+        known = {name: describe(NODE_CLASSES[name], self._folders, self._version)} if name in NODE_CLASSES else {}
         return web.json_response(known)
 
     async def get_system_stats(self, _request: web.Request) -> web.Response:
         page_bytes = os.sysconf("SC_PAGE_SIZE")
         total, free = (os.sysconf(name) * page_bytes for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
         system = {
-            "os": sys.platform,
+            "os": self._version.os_name,
             "ram_total": total,
             "ram_free": free,
-            "comfyui_version": f"{COMFYUI_VERSION}+standin",
+            "comfyui_version": f"{self._version.name}+standin",
             "stand_in": True,
             "python_version": sys.version,
             "pytorch_version": None,
@@ -192,6 +260,31 @@ class Routes:
         file = place / Path(name).name
         if not file.is_file():
             return web.Response(status=404)
-        kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
+        converted = _converted(file, request.query)
+        kind = converted[0] if converted else mimetypes.guess_type(file.name)[0] or "application/octet-stream"
         headers = {"Content-Disposition": f'filename="{file.name}"', "Content-Type": kind}
+        if converted:
+            return web.Response(body=converted[1], headers=headers)
         return web.FileResponse(file, headers=headers)
+
+
+def _converted(file: Path, query: Mapping[str, str]) -> tuple[str, bytes] | None:
+    """(media type, content) of a picture for ?preview=format;quality or ?channel=rgb|a; None: the file as it is."""
+    buffer = io.BytesIO()
+    if "preview" in query:
+        wanted, _, quality = query["preview"].partition(";")
+        wanted = wanted if wanted in ("webp", "jpeg") else "webp"
+        with Image.open(file) as picture:
+            flat = picture.convert("RGB") if wanted == "jpeg" or query.get("channel") == "rgb" else picture
+            flat.save(buffer, wanted, quality=int(quality) if quality.isdigit() else 90)
+        return f"image/{wanted}", buffer.getvalue()
+    if query.get("channel") not in ("rgb", "a"):
+        return None
+    with Image.open(file) as picture:
+        if query["channel"] == "rgb":
+            shown = picture.convert("RGB")
+        else:
+            shown = Image.new("RGBA", picture.size)
+            shown.putalpha(picture.getchannel("A") if picture.mode == "RGBA" else 255)
+        shown.save(buffer, "PNG")
+    return "image/png", buffer.getvalue()

@@ -67,7 +67,7 @@ class SaveImageWebsocket(Node):
     def run(self, context: Context, **inputs: Any) -> Result:
         images: Batch = inputs["images"]
         for number, frame in enumerate(images.frames):
-            context.progress(number, len(images.frames), frame.to_pixels())
+            context.progress(number, len(images.frames), ("PNG", frame.to_pixels()))
         return Result()
 
 

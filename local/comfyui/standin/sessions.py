@@ -11,9 +11,12 @@ from typing import Any
 
 from aiohttp import WSMsgType, web
 
+from .faults import Faults
+
 log = logging.getLogger(__name__)
 
 PREVIEW_IMAGE = 1
+TEXT = 3
 PREVIEW_IMAGE_WITH_METADATA = 4
 
 
@@ -25,14 +28,16 @@ class Sessions:
     `features` is what the server says that it can do.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, features: dict[str, Any]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, features: dict[str, Any], faults: Faults) -> None:
         self.features = features
+        self._faults = faults
         self.client_id: str | None = None
         self.last_node_id: str | None = None
         self._loop = loop
         self._messages: asyncio.Queue[tuple[str | int, Any, str | None]] = asyncio.Queue()
         self._sockets: dict[str, web.WebSocketResponse] = {}
         self._flags: dict[str, dict[str, Any]] = {}
+        self._transports: dict[str, asyncio.Transport | None] = {}
 
     def publish(self, event: str | int, data: Any, sid: str | None = None) -> None:
         """Send to one session, or to all with sid None; from any thread, in the order of the calls.
@@ -58,6 +63,7 @@ class Sessions:
         # A second socket of a client takes the place of the first, and the end of either removes the entry: the other
         # one is then silent. ComfyUI does the same.
         self._sockets[sid], self._flags[sid] = socket, {}
+        self._transports[sid] = request.transport
         try:
             await self._send("status", {"status": queue_info(remaining), "sid": sid}, sid)
             if self.client_id == sid and self.last_node_id is not None:
@@ -66,6 +72,7 @@ class Sessions:
         finally:
             self._sockets.pop(sid, None)
             self._flags.pop(sid, None)
+            self._transports.pop(sid, None)
         return socket
 
     async def _listen(self, socket: web.WebSocketResponse, sid: str) -> None:
@@ -86,7 +93,10 @@ class Sessions:
     async def _send(self, event: str | int, data: Any, sid: str | None) -> None:
         for name in list(self._sockets) if sid is None else [sid]:
             socket = self._sockets.get(name)
-            if socket is None:
+            if socket is None or self._faults.strikes("ws_silent"):
+                continue
+            if self._faults.strikes("ws_cut"):
+                self._cut(name)
                 continue
             try:
                 if isinstance(event, int):
@@ -95,6 +105,17 @@ class Sessions:
                     await socket.send_str(json.dumps({"type": event, "data": data}))
             except ConnectionError as failure:
                 log.warning("cannot send to a client: %s", failure)
+
+    def _cut(self, sid: str) -> None:
+        transport = self._transports.get(sid)
+        if transport is not None:
+            transport.abort()
+
+
+def text_frame(node_id: str, text: str) -> bytes:
+    """The body of a TEXT message: the length of the node id, the node id, the text."""
+    name = node_id.encode()
+    return struct.pack(">I", len(name)) + name + text.encode()
 
 
 def queue_info(remaining: int) -> dict[str, Any]:

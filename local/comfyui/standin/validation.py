@@ -11,6 +11,7 @@ from typing import Any
 from .catalogue import NODE_CLASSES
 from .folders import Folders
 from .node import Node, type_name
+from .versions import Version
 from .workflow import Workflow, is_link
 
 log = logging.getLogger(__name__)
@@ -35,16 +36,18 @@ class _Refused(Exception):
         self.problem = problem
 
 
-def validate(workflow: Workflow, folders: Folders, targets: list[str] | None) -> Verdict:
+def validate(workflow: Workflow, folders: Folders, targets: list[str] | None, version: Version) -> Verdict:
     """Check a workflow; `targets`, where given, are the only output nodes to run.
 
     Literals are converted in place to the type of their input (`"64"` becomes 64), as in ComfyUI.
-    Raises TypeError and the like for what is no workflow at all: ComfyUI 0.18.1 answers 500 to it.
+    Raises TypeError and the like for what is no workflow at all: the answer to it is 500.
     """
-    _touch_every_input(workflow)
+    if version.touches_every_input:
+        _touch_every_input(workflow)
     candidates = []
-    for node_id, node in workflow.items():
-        problem = _class_problem(node_id, node)
+    for node_id in workflow:
+        node = workflow[node_id]
+        problem = _class_problem(node_id, node, version)
         if problem:
             return Verdict(error=problem)
         if NODE_CLASSES[node["class_type"]].output_node and (targets is None or node_id in targets):
@@ -61,10 +64,15 @@ def _touch_every_input(workflow: Workflow) -> None:
             node["inputs"].items()
 
 
-def _class_problem(node_id: str, node: Mapping[str, Any]) -> Problem | None:
-    class_type = node.get("class_type")
+def _class_problem(node_id: str, node: Mapping[str, Any], version: Version) -> Problem | None:
+    class_type = node["class_type"] if "class_type" in node else None  # noqa: SIM401 - a UI workflow has lists here
     if class_type in NODE_CLASSES:
         return None
+    if not version.names_missing_nodes:
+        message = "Cannot execute because a node is missing the class_type property."
+        if "class_type" in node:
+            message = f"Cannot execute because node {class_type} does not exist."
+        return _problem("invalid_prompt", message, f"Node ID '#{node_id}'")
     title = node.get("_meta", {}).get("title", class_type)
     if "class_type" in node:
         message = f"Node '{title}' not found. The custom node may not be installed."
@@ -166,7 +174,7 @@ class _Checker:
             raise _Refused(_problem("bad_linked_input", message, name, {**about, "received_value": link}))
         source, slot = link
         received = NODE_CLASSES[self._workflow[source]["class_type"]].returns[slot]
-        if received != kind:
+        if kind != "*" and received not in (kind, "*"):
             details = f"{name}, received_type({received}) mismatch input_type({kind})"
             about.update(received_type=received, linked_node=link)
             raise _Refused(
@@ -218,10 +226,11 @@ def _check_range(value: Any, name: str, kind: Any, options: dict[str, Any]) -> N
     if "max" in options and value > options["max"]:
         message = f"Value {value} bigger than max of {options['max']}"
         raise _Refused(_problem("value_bigger_than_max", message, name, about))
-    if isinstance(kind, list) and value not in kind:
-        choices = str(kind)
-        if len(kind) > 20:
-            about["input_config"], choices = None, f"(list of length {len(kind)})"
+    allowed = options.get("options", []) if kind == "COMBO" else kind
+    if isinstance(allowed, list) and value not in allowed:
+        choices = str(allowed)
+        if len(allowed) > 20:
+            about["input_config"], choices = None, f"(list of length {len(allowed)})"
         details = f"{name}: '{value}' not in {choices}"
         raise _Refused(_problem("value_not_in_list", "Value not in list", details, about))
 
