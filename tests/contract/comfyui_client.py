@@ -124,6 +124,9 @@ class ComfyUI:
         headers = {"Content-Type": "application/json"}
         return requests.post(self.base_url + path, data=data, headers=headers, timeout=REPLY_TIMEOUT_S)
 
+    def delete(self, path: str) -> requests.Response:
+        return requests.delete(self.base_url + path, timeout=REPLY_TIMEOUT_S)
+
     def listen(self, client_id: str | None, feature_flags: bool = False) -> Listener:
         listener = Listener(self.base_url, client_id, feature_flags)
         if not feature_flags:

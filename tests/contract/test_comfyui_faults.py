@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import websocket
-from comfyui_client import ComfyUI, boot, post, quick
+from comfyui_client import ComfyUI, boot, command, directory, free_port, post, quick
 
 pytestmark = pytest.mark.usefixtures("standin_only")
 
@@ -70,6 +71,56 @@ def test_a_dead_worker_leaves_http_alive_and_a_crash_ends_the_process(tmp_path: 
         arm(server, "crash")
         post(server, quick(7), "me")
         assert server.process.wait(timeout=20) == -signal.SIGKILL
+
+
+def test_a_late_history_comes_after_its_success_was_told(fresh: ComfyUI) -> None:
+    arm(fresh, "history_late", seconds=2)
+    with fresh.listen("me") as listener:
+        prompt_id = post(fresh, quick(8), "me")
+        listener.read_until(lambda message: message["type"] == "execution_success")
+        assert fresh.history(prompt_id) == {}
+        listener.read_to_end(prompt_id)
+    assert fresh.history(prompt_id)["status"]["completed"] is True
+
+
+def test_a_silent_websocket_says_nothing_while_the_prompt_runs_to_its_end(fresh: ComfyUI) -> None:
+    with fresh.listen("me") as listener:
+        greeting = len(listener.messages)
+        arm(fresh, "ws_silent", times=1000)
+        prompt_id = post(fresh, quick(9), "me")
+        fresh.wait_idle()
+        assert len(listener.close_and_drain()) == greeting
+    assert fresh.history(prompt_id)["status"]["completed"] is True
+    assert fresh.delete("/_fault").status_code == 200
+
+
+def test_a_node_that_hangs_is_deaf_to_interrupts(fresh: ComfyUI) -> None:
+    arm(fresh, "hang", seconds=2)
+    with fresh.listen("me") as listener:
+        prompt_id = post(fresh, quick(10), "me")
+        listener.read_until(lambda message: message["type"] == "executing")
+        fresh.post("/interrupt", {"prompt_id": prompt_id})
+        assert len(fresh.get("/queue").json()["queue_running"]) == 1
+        listener.read_to_end(prompt_id)
+    fresh.wait_idle()
+
+
+def test_a_flood_of_progress_state(fresh: ComfyUI) -> None:
+    arm(fresh, "flood", count=400)
+    messages = fresh.run(quick(11)).messages
+    assert [message.get("type") for message in messages].count("progress_state") >= 400
+
+
+def test_a_crash_while_booting_outlives_the_process(tmp_path: Path) -> None:
+    with boot(tmp_path) as server:
+        arm(server, "crash_boot", times=2)
+    for _ in range(2):
+        start = subprocess.run(
+            command(tmp_path, free_port()), cwd=directory(), capture_output=True, timeout=20, check=False
+        )
+        assert start.returncode == -signal.SIGKILL
+    with boot(tmp_path) as server:
+        assert server.get("/system_stats").status_code == 200
 
 
 def picture(server: ComfyUI, text: str, seed: int) -> bytes:
