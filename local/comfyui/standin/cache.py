@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -36,12 +37,13 @@ class ResultCache:
     def __init__(self, folders: Folders) -> None:
         self._folders = folders
         self._keys: dict[str, str] = {}
+        self._fingerprints: dict[str, Any] = {}
         self._results: dict[str, Cached] = {}
         self._objects: dict[tuple[str, str], Node] = {}
 
     def start(self, workflow: Workflow) -> None:
         """Take on a workflow: work out its keys and drop what it does not contain."""
-        self._keys = {}
+        self._keys, self._fingerprints = {}, {}
         for node_id in workflow:
             self._add_key(workflow, node_id)
         used = set(self._keys.values())
@@ -61,6 +63,12 @@ class ResultCache:
         """Keep the result of a node of the current workflow."""
         self._results[self._keys[node_id]] = result
 
+    def with_fingerprints(self, workflow: Workflow) -> Workflow:
+        """The current workflow as saved files hold it: ComfyUI writes the fingerprints into its nodes before
+        they run (execution.py 0.18.1, IsChangedCache). The queue and the history have a copy from before that."""
+        told = {node_id: {"is_changed": fingerprint} for node_id, fingerprint in self._fingerprints.items()}
+        return {node_id: {**node, **told.get(node_id, {})} for node_id, node in workflow.items()}
+
     def node_object(self, node_id: str, class_type: str) -> Node:
         """The object that runs this node: the same one from prompt to prompt while its id and class stay."""
         place = (node_id, class_type)
@@ -77,14 +85,20 @@ class ResultCache:
         node = workflow[node_id]
         inputs = [[name, value] for name, value in sorted(node["inputs"].items()) if not is_link(value)]
         sources = [[name, self._add_key(workflow, source), slot] for name, source, slot in links(workflow, node_id)]
-        signature = [node["class_type"], self._fingerprint(node), inputs, sorted(sources)]
+        fingerprint = self._fingerprint(node)
+        if fingerprint is not None:
+            self._fingerprints[node_id] = fingerprint
+        state = uuid.uuid4().hex if fingerprint is math.nan else fingerprint  # NaN equals no other: the node runs
+        signature = [node["class_type"], state, inputs, sorted(sources)]
         self._keys[node_id] = hashlib.sha256(json.dumps(signature, sort_keys=True).encode()).hexdigest()
         return self._keys[node_id]
 
     def _fingerprint(self, node: dict[str, Any]) -> Any:
+        """A list of the one fingerprint, None for a class that has none, NaN where it cannot be taken."""
         literals = {name: value for name, value in node["inputs"].items() if not is_link(value)}
         try:
-            return NODE_CLASSES[node["class_type"]].fingerprint(self._folders, literals)
+            fingerprint = NODE_CLASSES[node["class_type"]].fingerprint(self._folders, literals)
         except (OSError, LookupError, TypeError, ValueError) as failure:
             log.warning("WARNING: %s", failure)
-            return uuid.uuid4().hex  # equal to no other: the node runs
+            return math.nan
+        return None if fingerprint is None else [fingerprint]

@@ -200,7 +200,8 @@ def _save_animation(
     duration_ms = int(1000.0 / inputs["fps"])
     pictures[0].save(buffer, kind.upper(), save_all=True, append_images=pictures[1:], duration=duration_ms, **how)
     item = _write(context.folders.output, inputs["filename_prefix"], pictures[0].size, kind, buffer.getvalue())
-    return Result(ui={"images": [item], "animated": [len(pictures) > 1]})
+    # One frame is no animation, and then ComfyUI leaves the key out.
+    return Result(ui={"images": [item], **({"animated": [True]} if len(pictures) > 1 else {})})
 
 
 def _write(folder: Path, prefix: str, size: tuple[int, int], suffix: str, content: bytes) -> dict[str, str]:

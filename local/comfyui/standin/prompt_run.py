@@ -117,7 +117,8 @@ class PromptRun:
                 values[name] = value
         extra = self._extra_data if isinstance(self._extra_data, dict) else {}
         pnginfo = extra.get("extra_pnginfo")
-        hidden = {"PROMPT": self._workflow, "EXTRA_PNGINFO": pnginfo, "UNIQUE_ID": node_id}
+        prompt = self._cache.with_fingerprints(self._workflow)
+        hidden = {"PROMPT": prompt, "EXTRA_PNGINFO": pnginfo, "UNIQUE_ID": node_id}
         # V1 nodes declare the bare kind, V3 nodes a tuple with it.
         kinds = {name: kind if isinstance(kind, str) else kind[0] for name, kind in declared.get("hidden", {}).items()}
         return values | {name: hidden[kind] for name, kind in kinds.items()}
