@@ -55,7 +55,7 @@ class Frame:
         """The frame at another size, as torch's interpolate does it: `method` is one of METHODS.
 
         Equal to it for nearest-exact and lanczos (8-bit and Pillow's there, too), up to 1 of 255 for bilinear and area,
-        up to about 22 at sharp edges for bicubic: Pillow's kernel has a = -1, torch's a = -0.75.
+        up to about 20 at sharp edges for bicubic: Pillow's kernel has a = -1, torch's a = -0.75.
         """
         if method == "lanczos":
             return Frame.from_pixels(self.to_pixels().resize((width, height), Resampling.LANCZOS))
