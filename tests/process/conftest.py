@@ -37,6 +37,16 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = DEADL
     pytest.fail(f"did not happen within {timeout_s:g} s: {what}")
 
 
+def processes_with(setting: str) -> list[int]:
+    """Every living process whose environment has ``setting``, written NAME=value."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if setting.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
 class Driver:
     """A running stack and what a test asks of it."""
 
@@ -106,13 +116,7 @@ class Driver:
 
     def own_pids(self) -> list[int]:
         """Every living process that this stack's start.sh has started."""
-        mark = f"RAMDISK_DIR={self.ramdisk}".encode()
-        found = []
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError, ValueError):
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-        return found
+        return processes_with(f"RAMDISK_DIR={self.ramdisk}")
 
     def pid_of(self, program: str) -> int:
         """The process of this stack whose command line has ``program``; the oldest, where it has forked."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import ROOT, wait_until
+from tests.process.conftest import ROOT, processes_with, wait_until
 
 JOB = ["--workflow", "workflows/one_image.json", "--img", "workflows/photos/coffee.jpg"]
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -31,18 +31,6 @@ def run_local(*arguments: str, **settings: str) -> subprocess.CompletedProcess[s
     )
 
 
-def processes_with(mark: str) -> list[int]:
-    """Living processes whose environment has ``mark``, this one left out."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if mark.encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-        except (OSError, ValueError):
-            continue
-    return [pid for pid in found if pid != os.getpid()]
-
-
 def test_two_demos_at_once_each_save_their_picture_and_leave_no_process(tmp_path: Path) -> None:
     mark = f"demo-{tmp_path.name}-{os.getpid()}"
     demos = [
@@ -61,7 +49,7 @@ def test_two_demos_at_once_each_save_their_picture_and_leave_no_process(tmp_path
         assert demo.returncode == 0
         assert [Path(line) for line in printed.splitlines()] == [tmp_path / name / "one_image_00001_.png"]
     assert (tmp_path / "one/one_image_00001_.png").stat().st_size > 10_000
-    assert processes_with(mark) == []
+    assert processes_with(f"DEMO_MARK={mark}") == []
 
 
 def test_a_command_that_does_not_exist_is_one_sentence() -> None:
@@ -107,7 +95,7 @@ def test_a_stack_that_cannot_start_says_why_and_ends_the_command(settings: dict[
     assert finished.returncode == 1
     assert sentence in finished.stderr
     assert "Traceback" not in finished.stderr
-    assert processes_with(mark) == []
+    assert processes_with(f"DEMO_MARK={mark}") == []
 
 
 @pytest.mark.parametrize("which", ["platform", "comfyui"])
@@ -144,8 +132,8 @@ def test_up_prints_a_client_command_that_works_as_it_stands_until_ctrl_c(tmp_pat
         assert [path.name for path in tmp_path.iterdir()] == ["one_image_00001_.png"]
         stack.send_signal(signal.SIGINT)
         assert stack.wait(20) == 0
-    wait_until(lambda: processes_with(mark) == [], "every process has ended", timeout_s=5)
-    assert processes_with(mark) == []
+    wait_until(lambda: processes_with(f"DEMO_MARK={mark}") == [], "every process has ended", timeout_s=5)
+    assert processes_with(f"DEMO_MARK={mark}") == []
 
 
 def make(folder: Path, target: str, **settings: str) -> subprocess.CompletedProcess[str]:
