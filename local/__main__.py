@@ -39,25 +39,44 @@ class LocalError(Exception):
 
 
 @dataclass(frozen=True)
-class Stack:
-    """A running stack. ``api_url`` is what a client's --url takes."""
+class Platform:
+    """A running RunPod stand-in. ``api_url`` is what a client's --url takes."""
 
-    platform: subprocess.Popen[str]
-    worker: subprocess.Popen[str]
-    platform_url: str
+    process: subprocess.Popen[str]
+    url: str
     api_key: str
-    settings: Mapping[str, str]
 
     @property
     def api_url(self) -> str:
-        return f"{self.platform_url}/v2"
+        return f"{self.url}/v2"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A running `start.sh` with all that it has started, and its environment."""
+
+    process: subprocess.Popen[str]
+    settings: Mapping[str, str]
+
+    @property
+    def id(self) -> str:
+        """The platform's name for it."""
+        return self.settings["RUNPOD_POD_ID"]
 
     @property
     def comfyui_url(self) -> str:
         return f"http://127.0.0.1:{self.settings['COMFYUI_PORT']}"
 
+
+@dataclass(frozen=True)
+class Stack:
+    """A platform with one worker."""
+
+    platform: Platform
+    worker: Worker
+
     def raise_if_down(self) -> None:
-        for name, process in (("start.sh", self.worker), ("The RunPod stand-in", self.platform)):
+        for name, process in (("start.sh", self.worker.process), ("The RunPod stand-in", self.platform.process)):
             if process.poll() is not None:
                 raise LocalError(f"{name} ended with code {process.returncode}; its lines above say why.")
 
@@ -73,23 +92,41 @@ def free_port() -> int:
 def running_stack(
     environ: Mapping[str, str], platform_port: int = 0, log_file: IO[str] = sys.stderr
 ) -> Iterator[Stack]:
-    """Start the platform stand-in and `start.sh`; stop both, and all that they started, on the way out."""
+    """Start the platform stand-in and one worker; stop both, and all that they started, on the way out."""
+    with (
+        running_platform(environ, port=platform_port, log_file=log_file) as platform,
+        running_worker(platform, environ, log_file=log_file) as worker,
+    ):
+        yield Stack(platform, worker)
+
+
+@contextlib.contextmanager
+def running_platform(
+    environ: Mapping[str, str], *options: str, port: int = 0, log_file: IO[str] = sys.stderr
+) -> Iterator[Platform]:
+    """Start the platform stand-in, with more of its ``options``. Raises LocalError."""
     api_key = secrets.token_hex(16)
-    serve = [sys.executable, "-m", "local.serverless_api", "--port", str(platform_port)]
-    platform = start([*serve, "--api-key", api_key, "--endpoint", ENDPOINT], environ, log_file, subprocess.PIPE)
+    serve = [sys.executable, "-m", "local.serverless_api", "--port", str(port), "--api-key", api_key]
+    process = start([*serve, "--endpoint", ENDPOINT, *options], environ, log_file, subprocess.PIPE)
     try:
-        assert platform.stdout is not None
-        words = platform.stdout.readline().split()  # "listening URL"
+        assert process.stdout is not None
+        words = process.stdout.readline().split()  # "listening URL"
         if not words:
             raise LocalError("The RunPod stand-in did not start; its line above says why.")
-        settings = worker_settings(environ, words[-1], api_key)
-        worker = start(["bash", str(ROOT / "start.sh")], settings, log_file)
-        try:
-            yield Stack(platform, worker, words[-1], api_key, settings)
-        finally:
-            stop(worker)
+        yield Platform(process, words[-1], api_key)
     finally:
-        stop(platform)
+        stop(process)
+
+
+@contextlib.contextmanager
+def running_worker(platform: Platform, environ: Mapping[str, str], log_file: IO[str] = sys.stderr) -> Iterator[Worker]:
+    """Start `start.sh` as a worker of ``platform``."""
+    settings = worker_settings(environ, platform.url, platform.api_key)
+    process = start(["bash", str(ROOT / "start.sh")], settings, log_file)
+    try:
+        yield Worker(process, settings)
+    finally:
+        stop(process)
 
 
 def worker_settings(environ: Mapping[str, str], platform_url: str, api_key: str) -> dict[str, str]:
@@ -145,8 +182,8 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 def run_command(stack: Stack, command: list[str], environ: Mapping[str, str]) -> int:
     """Run ``command`` against the stack; returns its exit code. Raises LocalError if the stack dies under it."""
-    words = [word.replace("{url}", stack.api_url) for word in command]
-    access = {"RUNPOD_API_KEY": stack.api_key, "RUNPOD_ENDPOINT_ID": ENDPOINT}
+    words = [word.replace("{url}", stack.platform.api_url) for word in command]
+    access = {"RUNPOD_API_KEY": stack.platform.api_key, "RUNPOD_ENDPOINT_ID": ENDPOINT}
     try:
         client = subprocess.Popen(words, env={**environ, **access}, stdin=subprocess.DEVNULL, text=True)
     except OSError as error:
@@ -165,7 +202,10 @@ def wait_until_up(stack: Stack) -> None:
     deadline = time.monotonic() + BOOT_TIMEOUT_S
     while time.monotonic() < deadline:
         stack.raise_if_down()
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{stack.comfyui_url}/system_stats", timeout=2):
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"{stack.worker.comfyui_url}/system_stats", timeout=2),
+        ):
             return
         time.sleep(POLL_S)
     raise LocalError(f"ComfyUI did not answer within {BOOT_TIMEOUT_S:g} s.")
@@ -174,11 +214,13 @@ def wait_until_up(stack: Stack) -> None:
 def stay_up(stack: Stack) -> None:
     """Print how to use the stack, then wait until it dies or Ctrl-C."""
     wait_until_up(stack)
+    platform = stack.platform
     print(
-        f"\nRunPod API  {stack.api_url}/{ENDPOINT}   (key: {stack.api_key})\n"
-        f"ComfyUI     {stack.comfyui_url}\n\n"
-        f"RUNPOD_API_KEY={stack.api_key} .venv/bin/python client.py --url {stack.api_url} --endpoint {ENDPOINT} \\\n"
-        "    --workflow workflows/one_image.json --img workflows/photos/coffee.jpg\n\nCtrl-C stops everything.",
+        f"\nRunPod API  {platform.api_url}/{ENDPOINT}   (key: {platform.api_key})\n"
+        f"ComfyUI     {stack.worker.comfyui_url}\n\n"
+        f"RUNPOD_API_KEY={platform.api_key} .venv/bin/python client.py --url {platform.api_url} \\\n"
+        f"    --endpoint {ENDPOINT} --workflow workflows/one_image.json --img workflows/photos/coffee.jpg\n\n"
+        "Ctrl-C stops everything.",
         flush=True,
     )
     while True:

@@ -22,6 +22,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from local.serverless_endpoint import Endpoint, Handler
 from local.serverless_faults import Faults
@@ -41,10 +42,11 @@ def build_app(
     endpoints: Sequence[str] = ("local",),
     terms: Terms | None = None,
     hold_s: float = 2.0,
+    latency_s: float = 0.0,
     webhook_pause_s: float = 10.0,
 ) -> web.Application:
     """The stand-in as an application. A stopping worker waits for its polls to end, at most `hold_s`."""
-    app = web.Application()
+    app = web.Application(middlewares=[_slow(latency_s)] if latency_s else [])
     faults = Faults()
     for name in endpoints:
         endpoint = Endpoint(Platform(terms), faults, hold_s=hold_s, webhook_pause_s=webhook_pause_s)
@@ -114,6 +116,19 @@ def worker_environment(base_url: str, endpoint: str, api_key: str, pod_id: str) 
     }
 
 
+def _slow(latency_s: float) -> Middleware:
+    """Every answer is that late; what a call does is done at once."""
+
+    @web.middleware
+    async def slow(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        finally:
+            await asyncio.sleep(latency_s)
+
+    return slow
+
+
 def _watching(endpoint: Endpoint) -> Callable[[web.Application], AsyncIterator[None]]:
     """The endpoint's clock, running as long as the application does."""
 
@@ -165,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--endpoint", action="append", help="endpoint id in the URLs; repeatable (default: local)")
     seconds = {
         "--hold-s": (2.0, "how long an empty worker poll is held"),
+        "--latency-s": (0.0, "how late every answer is"),
         "--keepalive-s": (KEEPALIVE_S, "how long an idle connection is kept; 2 loses the results of blocking handlers"),
         "--lost-s": (Terms.lost_s, "after how long without a ping a worker is lost"),
         "--retention-s": (Terms.retention_s, "how long the end of a /run job is remembered"),
@@ -191,6 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         endpoints=options.endpoint or ["local"],
         terms=Terms(options.lost_s, options.retention_s, options.sync_retention_s, options.timed_out),
         hold_s=options.hold_s,
+        latency_s=options.latency_s,
         webhook_pause_s=options.webhook_pause_s,
     )
     try:

@@ -92,6 +92,11 @@ class Endpoint:
     # --- The calls of workers ---
 
     async def job_take(self, request: web.Request) -> web.Response:
+        pod_id = self._saw(request, polled=True)
+        if fault := self._faults.strike("job-take-500", "job-take-drop", by=pod_id):
+            if fault.kind == "job-take-drop":
+                return dropped(request)
+            raise refusal(web.HTTPInternalServerError, "no job can be given")
         jobs = await self._take(request, 1)
         return web.json_response(jobs[0]) if jobs else web.Response(status=204)
 
@@ -106,6 +111,8 @@ class Endpoint:
     async def job_stop(self, request: web.Request) -> web.Response:
         pod_id = self._saw(request)
         stops = await self._held(lambda: self._platform.stops_for(pod_id) or None, self._hold_s)
+        if stops and self._faults.strike("stop-repeated", by=pod_id):
+            self._platform.stop_again(pod_id, stops)
         return web.json_response({"jobsToStop": stops}) if stops else web.Response(status=204)
 
     async def job_done(self, request: web.Request) -> web.Response:

@@ -20,6 +20,9 @@ KINDS = {
     "progress-delayed": "a progress update is kept only when the next post of its job has been kept",
     "progress-after-result": "a progress update is kept only after the result: the job shows as running, for good",
     "job-take-held": "a poll gets no job and is held until the kind is taken back; then it may get one",
+    "job-take-500": "a poll for a job is answered 500 at once",
+    "job-take-drop": "a poll for a job is cut at once, without an answer",
+    "stop-repeated": "a worker is told once more to stop the jobs that it has just been told of",
     "stop-pod-ignored": "a result asks for its worker to be stopped, and the worker goes on getting jobs",
     "ping-lost": "a ping is answered, and not counted as a sign of life",
     # What a client meets.

@@ -212,6 +212,10 @@ class Platform:
         stops, worker.stops = worker.stops, []
         return stops
 
+    def stop_again(self, pod_id: str, job_ids: list[str]) -> None:
+        """Tell a worker once more to stop jobs, for a fault."""
+        self._worker(pod_id).stops += job_ids
+
     def jobs_to_tell(self) -> list[Job]:
         """Jobs with a webhook that have ended since the last call."""
         jobs, self._to_tell = self._to_tell, []

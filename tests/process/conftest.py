@@ -21,10 +21,11 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from local.__main__ import Stack, running_stack, wait_until_up
+from local.__main__ import ENDPOINT, Platform, Worker, running_platform, running_worker
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 30.0
+BOOT_TIMEOUT_S = 90.0  # of real ComfyUI on a busy machine
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = DEADLINE_S) -> Any:
@@ -47,52 +48,83 @@ def processes_with(setting: str) -> list[int]:
     return found
 
 
-class Driver:
-    """A running stack and what a test asks of it."""
+class Api:
+    """The endpoint of a running platform, as a client asks it."""
 
-    def __init__(self, stack: Stack, log_path: Path) -> None:
-        self.stack = stack
-        self.log_path = log_path
-        self.ramdisk = Path(stack.settings["RAMDISK_DIR"])
+    def __init__(self, platform: Platform) -> None:
+        self.platform = platform
 
-    # --- the RunPod API ---
-
-    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         request = urllib.request.Request(
-            f"{self.stack.api_url}/local/{path}",
+            f"{self.platform.api_url}/{ENDPOINT}/{path}",
             method=method,
             data=None if body is None else json.dumps(body).encode(),
-            headers={"Authorization": f"Bearer {self.stack.api_key}", "Content-Type": "application/json"},
+            headers={"Authorization": f"Bearer {self.platform.api_key}", "Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
             return json.load(answer)
 
-    def start_job(self, job_input: Any) -> str:
-        return str(self.call("POST", "run", {"input": job_input})["id"])
+    def start_job(self, job_input: Any, **more: Any) -> str:
+        """``more`` stands beside the input in the request: ``policy``."""
+        return str(self.call("POST", "run", {"input": job_input, **more})["id"])
 
     def status(self, job_id: str) -> dict[str, Any]:
-        return self.call("GET", f"status/{job_id}")
+        return dict(self.call("GET", f"status/{job_id}"))
 
-    def finish(self, job_id: str) -> dict[str, Any]:
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        return dict(self.call("POST", f"cancel/{job_id}"))
+
+    def finish(self, job_id: str, timeout_s: float = DEADLINE_S) -> dict[str, Any]:
         """The job's last status body."""
 
         def final() -> dict[str, Any] | None:
             body = self.status(job_id)
             return body if body["status"] not in ("IN_QUEUE", "IN_PROGRESS") else None
 
-        return wait_until(final, f"job {job_id} ends")
+        return dict(wait_until(final, f"job {job_id} ends", timeout_s))
 
     def run(self, job_input: Any) -> dict[str, Any]:
         return self.finish(self.start_job(job_input))
 
+    def posted(self, job_id: str) -> list[dict[str, Any]]:
+        """What workers posted for a job, in the order of arrival; of a long result only its beginning, as {}."""
+        bodies = []
+        for text in self.call("GET", f"_posted/{job_id}"):
+            try:
+                bodies.append(json.loads(text))
+            except ValueError:
+                bodies.append({})
+        return bodies
+
+    def idle_workers(self) -> int:
+        return int(self.call("GET", "health")["workers"]["idle"])
+
+    def platform_fault(self, kind: str, **more: Any) -> None:
+        self.call("POST", "../../_fault", {"kind": kind, **more})
+
+    def platform_strikes(self, kind: str) -> int:
+        """How often a fault has struck."""
+        faults = self.call("GET", "../../_fault")["faults"]
+        return sum(int(fault["struck"]) for fault in faults if fault["kind"] == kind)
+
+
+class Driver(Api):
+    """A platform with one worker, and what a test asks of them."""
+
+    def __init__(self, platform: Platform, worker: Worker, log_path: Path) -> None:
+        super().__init__(platform)
+        self.worker = worker
+        self.log_path = log_path
+        self.ramdisk = Path(worker.settings["RAMDISK_DIR"])
+
     # --- ComfyUI and the RAM disk ---
 
     def comfyui(self, path: str) -> Any:
-        with urllib.request.urlopen(f"{self.stack.comfyui_url}{path}", timeout=DEADLINE_S) as answer:
+        with urllib.request.urlopen(f"{self.worker.comfyui_url}{path}", timeout=DEADLINE_S) as answer:
             return json.load(answer)
 
     def post_comfyui(self, path: str, body: dict[str, Any]) -> None:
-        url = f"{self.stack.comfyui_url}{path}"
+        url = f"{self.worker.comfyui_url}{path}"
         headers = {"Content-Type": "application/json"}
         with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)) as answer:
             assert answer.status == 200
@@ -134,10 +166,10 @@ class Driver:
     # --- client.py ---
 
     def client_command(self, *arguments: str | Path) -> list[str]:
-        return [sys.executable, str(ROOT / "client.py"), "--url", self.stack.api_url, *map(str, arguments)]
+        return [sys.executable, str(ROOT / "client.py"), "--url", self.platform.api_url, *map(str, arguments)]
 
     def client_environ(self) -> dict[str, str]:
-        return {**os.environ, "RUNPOD_API_KEY": self.stack.api_key, "RUNPOD_ENDPOINT_ID": "local"}
+        return {**os.environ, "RUNPOD_API_KEY": self.platform.api_key, "RUNPOD_ENDPOINT_ID": ENDPOINT}
 
     def client(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -150,15 +182,41 @@ class Driver:
         )
 
 
+def own_environ(**settings: str) -> dict[str, str]:
+    """This process's environment without what would lead a worker elsewhere."""
+    own = ("RUNPOD_", "PYTHONDONTWRITEBYTECODE")  # the second would hide whether start.sh leaves a checkout alone
+    return {key: value for key, value in os.environ.items() if not key.startswith(own)} | settings
+
+
+@contextlib.contextmanager
+def boot_platform(log_path: Path, *options: str) -> Iterator[Platform]:
+    with log_path.open("w") as log_file, running_platform(own_environ(), *options, log_file=log_file) as platform:
+        yield platform
+
+
+@contextlib.contextmanager
+def start_worker(platform: Platform, log_path: Path, **settings: str) -> Iterator[Driver]:
+    """A worker that has just been started: nothing of it is up yet."""
+    with log_path.open("w") as log_file, running_worker(platform, own_environ(**settings), log_file) as worker:
+        yield Driver(platform, worker, log_path)
+
+
+@contextlib.contextmanager
+def boot_worker(platform: Platform, log_path: Path, **settings: str) -> Iterator[Driver]:
+    """A worker that asks for jobs."""
+    before = Api(platform).idle_workers()
+    with start_worker(platform, log_path, **settings) as driver:
+        wait_until(lambda: driver.idle_workers() > before, "the worker asks for jobs", BOOT_TIMEOUT_S)
+        yield driver
+
+
 @contextlib.contextmanager
 def boot(log_path: Path, **settings: str) -> Iterator[Driver]:
-    """A stack of its own, up and polling for jobs."""
-    own = ("RUNPOD_", "PYTHONDONTWRITEBYTECODE")  # the second would hide whether start.sh leaves a checkout alone
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(own)}
-    with log_path.open("w") as log_file, running_stack({**environ, **settings}, log_file=log_file) as stack:
-        wait_until_up(stack)
-        driver = Driver(stack, log_path)
-        wait_until(lambda: driver.call("GET", "health")["workers"]["idle"], "the worker asks for jobs")
+    """A platform and a worker of its own that asks for jobs."""
+    with (
+        boot_platform(log_path.with_name("platform-log")) as platform,
+        boot_worker(platform, log_path, **settings) as driver,
+    ):
         yield driver
 
 

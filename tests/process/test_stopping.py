@@ -28,7 +28,7 @@ def assert_next_job_runs(driver: Driver) -> None:
 
 def test_a_cancelled_job_frees_comfyui_for_the_next_one(driver: Driver) -> None:
     job_id = start_long_job(driver)
-    assert driver.call("POST", f"cancel/{job_id}")["status"] == "CANCELLED"
+    assert driver.cancel(job_id)["status"] == "CANCELLED"
     wait_until(driver.comfyui_is_idle, "ComfyUI is idle", timeout_s=5)
     assert_next_job_runs(driver)
     assert driver.status(job_id)["status"] == "CANCELLED"
@@ -96,7 +96,7 @@ def own_driver(tmp_path: Path) -> Iterator[Driver]:
 
 
 def assert_worker_ends(driver: Driver, code: int, timeout_s: float) -> None:
-    assert driver.stack.worker.wait(timeout_s) == code
+    assert driver.worker.process.wait(timeout_s) == code
     assert not driver.ramdisk.exists()
     for pid in driver.own_pids():
         pytest.fail(f"process {pid} stayed behind")
@@ -105,7 +105,7 @@ def assert_worker_ends(driver: Driver, code: int, timeout_s: float) -> None:
 def test_sigterm_ends_an_idle_worker_at_once_and_the_next_worker_gets_the_job(own_driver: Driver) -> None:
     handler_pid = own_driver.pid_of("rp_handler.py")
     started = time.monotonic()
-    own_driver.stack.worker.send_signal(signal.SIGTERM)
+    own_driver.worker.process.send_signal(signal.SIGTERM)
     wait_until(lambda: not Path(f"/proc/{handler_pid}").exists(), "the handler ends", timeout_s=2)
     assert time.monotonic() - started < 1.9  # the stand-in holds a poll for 2 s: it was cut, not waited for
     assert_worker_ends(own_driver, 0, timeout_s=10)
@@ -116,8 +116,8 @@ def test_sigterm_ends_an_idle_worker_at_once_and_the_next_worker_gets_the_job(ow
 def test_sigterm_in_mid_job_lets_the_job_finish_and_post(own_driver: Driver) -> None:
     job_id = own_driver.start_job({"workflow": slow_workflow(2)})
     wait_until(own_driver.comfyui_runs, "the job runs")
-    own_driver.stack.worker.send_signal(signal.SIGTERM)
-    own_driver.stack.worker.send_signal(signal.SIGTERM)  # twice is the same as once
+    own_driver.worker.process.send_signal(signal.SIGTERM)
+    own_driver.worker.process.send_signal(signal.SIGTERM)  # twice is the same as once
     answer = own_driver.finish(job_id)
     assert answer["status"] == "COMPLETED", answer
     assert len(answer["output"]["images"]) == 1
@@ -149,7 +149,7 @@ def test_what_a_killed_worker_left_is_wiped_by_the_next_one(own_driver: Driver, 
         before = held.read()
         for pid in own_driver.own_pids():
             os.kill(pid, signal.SIGKILL)
-        own_driver.stack.worker.wait(5)
+        own_driver.worker.process.wait(5)
         assert own_driver.job_files() == kept
         with boot(tmp_path / "second", RAMDISK_DIR=str(own_driver.ramdisk)) as second:
             assert second.job_files() == []
