@@ -27,11 +27,13 @@ from worker.comfyui import ComfyUI
 from worker.config import Config, ConfigError
 from worker.control import JobControl
 from worker.errors import ComfyUICrashed, ComfyUIUnavailable, RamDiskError, WorkerError, WorkerFault, internal_error
-from worker.follow import Progress, run_workflow
+from worker.follow import Progress
+from worker.models.manifest import read_manifest, sentence_about
 from worker.outputs import collect_outputs, result_limit_bytes
 from worker.payload import JobRequest, json_safe, parse_job_input
 from worker.process import ComfyUIProcess, ProcessState
 from worker.ramdisk import RamDisk
+from worker.run import run_workflow
 
 log = logging.getLogger("handler")
 current_job_id: contextvars.ContextVar[str] = contextvars.ContextVar("job_id", default="-")
@@ -48,7 +50,7 @@ class Worker:
         self.config = config
         self.ramdisk = RamDisk(config.ramdisk_dir)
         self.process = ComfyUIProcess(config.ramdisk_dir / "run")
-        self.comfyui = ComfyUI(config.comfyui_port, self.process)
+        self.comfyui = ComfyUI(config.comfyui_port, self.process, model_note=self._model_note)
 
     def run_job(
         self, job_id: str, job_input: object, control: JobControl, on_progress: Callable[[Progress], None]
@@ -64,6 +66,7 @@ class Worker:
                 state = self._wait_ready(control)
             self.comfyui.clear_history()
             self.process.scrub_log()
+            self.process.watch_memory(state)
             self.ramdisk.wipe()
         with self._wiped_afterwards(request, steps):
             with steps("write"):
@@ -87,6 +90,9 @@ class Worker:
         self.process.note_success(state)
         result["timings_ms"] = steps.timings_ms
         return result
+
+    def _model_note(self, name: str) -> str | None:
+        return sentence_about(name, read_manifest(self.config.ramdisk_dir / "run" / "models.json"))
 
     def _wait_ready(self, control: JobControl) -> ProcessState:
         return self.comfyui.wait_ready(min(self.config.boot_timeout_s, control.remaining_s()), control.check)

@@ -7,7 +7,7 @@ set -Eeuo pipefail
 
 WORKER_DIR=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 comfyui_pid='' handler_pid='' sshd_pid='' models_pid=''
-generation=0 deaths=0
+generation=0 deaths=0 stopping=0
 
 # usage: log LEVEL MESSAGE...
 log() {
@@ -22,6 +22,13 @@ die() {
     shift
     log ERROR "$*"
     exit "$code"
+}
+
+# usage: uptime_s   whole seconds since the machine was started; bash's SECONDS jumps with the wall clock
+uptime_s() {
+    local uptime
+    read -r uptime _ </proc/uptime
+    printf '%s' "${uptime%.*}"
 }
 
 # usage: setup_environment   defaults, and refusal of what cannot work; exports what the handler reads
@@ -97,8 +104,9 @@ wipe_ramdisk() {
 # usage: start_sshd   only with PUBLIC_KEY: keys only, forwarding to ComfyUI only; a failure is a warning
 start_sshd() {
     [[ -n $PUBLIC_KEY ]] || return 0
-    if [[ ! -x /usr/sbin/sshd ]]; then
-        log WARNING "PUBLIC_KEY is set, but there is no /usr/sbin/sshd; no SSH."
+    local sshd # sshd starts itself again for each connection, and wants to be called by its full path
+    if ! sshd=$(PATH=$PATH:/usr/sbin command -v sshd); then
+        log WARNING "PUBLIC_KEY is set, but there is no sshd; no SSH."
         return 0
     fi
     if ! write_ssh_files 2>/dev/null; then
@@ -106,7 +114,7 @@ start_sshd() {
         return 0
     fi
     log INFO "SSH on port $SSH_PORT, host key $(ssh-keygen -l -f "$SSH_DIR/host_key.pub" | cut -d' ' -f2)."
-    /usr/sbin/sshd -D -e -f "$SSH_DIR/sshd_config" &
+    "$sshd" -D -e -f "$SSH_DIR/sshd_config" &
     sshd_pid=$!
 }
 
@@ -130,6 +138,14 @@ AllowAgentForwarding no
 X11Forwarding no
 Subsystem sftp internal-sftp
 CONFIG
+}
+
+# usage: note FILE WORD...   one line for the handler, which must never read half of it
+note() {
+    local file=$RAMDISK_DIR/run/$1
+    shift
+    printf '%s\n' "$*" >"$file.part"
+    mv -- "$file.part" "$file"
 }
 
 # usage: start_models   links at once what needs no network; downloads the rest beside ComfyUI's boot
@@ -168,18 +184,19 @@ start_comfyui() {
         cd -- "$COMFYUI_DIR"
         unset "${!RUNPOD_@}" "${!BUCKET_@}" "${!AWS_@}" HF_TOKEN HUGGING_FACE_HUB_TOKEN PUBLIC_KEY
         export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 # a checkout is never changed; the log is never late
-        exec setsid "$COMFYUI_PYTHON" main.py "${args[@]}"
+        # Where memory runs out, the kernel takes ComfyUI before the handler, which can then say so.
+        { echo 500 >/proc/self/oom_score_adj; } 2>/dev/null || true
+        exec setsid "$COMFYUI_PYTHON" "$WORKER_DIR/worker/launcher.py" main.py "${args[@]}"
     ) >>"$log_file" 2>&1 &
     comfyui_pid=$!
-    # The handler compares generations; it must never read half a line.
-    printf '%s %s\n' "$comfyui_pid" "$generation" >"$RAMDISK_DIR/run/comfyui.part"
-    mv -- "$RAMDISK_DIR/run/comfyui.part" "$RAMDISK_DIR/run/comfyui"
+    note comfyui "$comfyui_pid" "$generation"
     follow_comfyui_log "$log_file" "$log_start" &
 }
 
 # usage: follow_comfyui_log FILE FIRST_BYTE   ComfyUI's log to stderr until it listens; with COMFYUI_LOG=stdout all of it
 follow_comfyui_log() {
-    local started=$SECONDS tail_pid
+    local started tail_pid
+    started=$(uptime_s)
     tail -c "+$2" -f --pid="$comfyui_pid" -- "$1" >&2 2>/dev/null &
     tail_pid=$!
     trap 'kill "$tail_pid" 2>/dev/null; exit' TERM
@@ -195,8 +212,8 @@ follow_comfyui_log() {
         kill "$tail_pid" 2>/dev/null || true
         wait "$tail_pid" || true
     fi
-    log INFO "ComfyUI listens on 127.0.0.1:$COMFYUI_PORT after $((SECONDS - started)) s."
-    echo "$generation" >"$RAMDISK_DIR/run/listened" # only now the handler takes jobs
+    log INFO "ComfyUI listens on 127.0.0.1:$COMFYUI_PORT after $(($(uptime_s) - started)) s."
+    note listened "$generation" # only now the handler takes jobs
     wait "$tail_pid" || true
 }
 
@@ -210,6 +227,7 @@ start_handler() {
 # usage: on_comfyui_death EXIT_CODE   starts it again, within bounds; a finished job resets the count
 on_comfyui_death() {
     local hint=''
+    note ended "$generation" "$1"
     [[ $1 != 137 ]] || hint=' (SIGKILL: out of memory, or killed by the handler)'
     kill_group "$comfyui_pid" # what its nodes have started may hold the GPU
     log ERROR "ComfyUI ended with code $1$hint."
@@ -232,33 +250,36 @@ supervise() {
         wait -n -p ended || code=$?
         case ${ended:-none} in
         "$comfyui_pid") on_comfyui_death "$code" ;;
-        "$handler_pid")
-            ((code == 0)) || log ERROR "The handler ended with code $code."
-            exit "$code"
-            ;;
+        "$handler_pid") on_handler_end "$code" ;;
         "$models_pid") on_models_end "$code" ;;
         "$sshd_pid") log WARNING "sshd ended with code $code; no SSH any more." ;;
         esac
     done
 }
 
-# usage: stop   SIGTERM: a running job is finished and posted by the handler first; SIGINT does not wait for it
+# usage: on_handler_end EXIT_CODE   the end of the container, in whatever way
+on_handler_end() {
+    ((stopping)) && exit 0
+    (($1 == 0)) || log ERROR "The handler ended with code $1."
+    exit "$1"
+}
+
+# usage: stop   SIGTERM: a running job is finished and posted first, and ComfyUI supervised until then; SIGINT does not
+#               wait for it
 stop() {
-    trap '' TERM
     log INFO "Stopping."
-    if [[ -n $handler_pid ]]; then
-        kill -TERM "$handler_pid" 2>/dev/null || true
-        wait "$handler_pid" || true
-    fi
-    exit 0
+    stopping=1
+    [[ -n $handler_pid ]] || exit 0
+    kill -TERM "$handler_pid" 2>/dev/null || true
 }
 
 # usage: clean_up   whatever the way out: no process stays behind and nothing stays on the RAM disk
 clean_up() {
-    local code=$? deadline=$((SECONDS + 5))
+    local code=$? deadline
+    deadline=$(($(uptime_s) + 5))
     trap '' TERM INT EXIT
     kill_jobs TERM
-    while [[ -n $(jobs -rp) ]] && ((SECONDS < deadline)); do sleep 0.02; done
+    while [[ -n $(jobs -rp) ]] && (($(uptime_s) < deadline)); do sleep 0.02; done
     kill_jobs KILL
     # The SDK's ping process outlives a killed handler and would go on telling RunPod that this worker lives.
     kill_group "$handler_pid"

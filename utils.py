@@ -18,6 +18,7 @@ from types import FrameType
 
 from worker.models import ModelError
 from worker.models.grammar import ModelEntry, parse_models
+from worker.models.manifest import ModelRecord, write_manifest
 from worker.models.sources import Plan, Source, link, plan
 
 EPILOG = """\
@@ -26,6 +27,7 @@ environment:
   COMFYUI_DIR     the ComfyUI checkout (default /ComfyUI)
   HF_TOKEN        for gated and private repositories
   HOST_CACHE_DIR  cache in Hugging Face's layout (default /runpod-volume/huggingface-cache/hub)
+  RAMDISK_DIR     where a worker runs: what became of each model is noted in run/models.json there
 
 exit code: 0 all models are there, 1 some are missing, 2 bad configuration
 """
@@ -45,15 +47,19 @@ class Settings:
     comfyui_dir: Path
     host_cache_dir: Path
     token: str | None
+    run_dir: Path | None
+    """where a worker's handler looks for the manifest; None: there is no worker"""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Settings":
         """Unset and empty are the same."""
+        run_dir = Path(environ.get("RAMDISK_DIR") or "/dev/shm/comfyui", "run")
         return cls(
             models=environ.get("MODELS", ""),
             comfyui_dir=Path(environ.get("COMFYUI_DIR") or "/ComfyUI").absolute(),
             host_cache_dir=Path(environ.get("HOST_CACHE_DIR") or "/runpod-volume/huggingface-cache/hub").absolute(),
             token=environ.get("HF_TOKEN", "").strip() or None,
+            run_dir=run_dir if run_dir.is_dir() else None,
         )
 
 
@@ -67,10 +73,13 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> ExitCode:
     entries, errors = parse_models(settings.models, settings.comfyui_dir)
     for error in errors:
         _complain(str(error))
-    there = [_provide(entry, settings, options) for entry in entries]
+    records = [_provide(entry, settings, options) for entry in entries]
+    if settings.run_dir is not None and not options.check:
+        _note(records, settings.run_dir / "models.json")
     if errors:
         return ExitCode.BAD_CONFIGURATION
-    return ExitCode.ALL_THERE if all(there) else ExitCode.SOME_MISSING
+    missing = [r for r in records if r.error is not None or (r.source is None and not options.link_only)]
+    return ExitCode.SOME_MISSING if missing else ExitCode.ALL_THERE
 
 
 def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -87,23 +96,33 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _provide(entry: ModelEntry, settings: Settings, options: argparse.Namespace) -> bool:
-    """One model, from look-up to its line on stdout. False: it is missing, and that is a failure."""
+def _provide(entry: ModelEntry, settings: Settings, options: argparse.Namespace) -> ModelRecord:
+    """One model, from look-up to its line on stdout."""
     started_s = time.monotonic()
+    source, size_bytes, error = None, None, None
     try:
         step = plan(entry, settings.host_cache_dir)
-        if step.source is Source.DOWNLOAD and (options.link_only or options.check):
-            _report(entry, "to download")
-            return not options.check
-        if not options.check:
-            _carry_out(step, entry, settings.token)
-        size_bytes = (step.blob or entry.path).stat().st_size
-    except (ModelError, OSError) as error:
-        _complain(str(error) if isinstance(error, ModelError) else f"{entry.source}: {error}")
-        _report(entry, "missing")
-        return False
-    _report(entry, step.source, f"{size_bytes / 1e6:.1f} MB", f"{time.monotonic() - started_s:.2f} s")
-    return True
+        if step.source is not Source.DOWNLOAD or not (options.link_only or options.check):
+            if not options.check:
+                _carry_out(step, entry, settings.token)
+            source, size_bytes = step.source, (step.blob or entry.path).stat().st_size
+    except (ModelError, OSError) as failure:
+        error = str(failure).removeprefix(f"{entry.source}: ")
+        _complain(f"{entry.source}: {error}")
+    seconds = time.monotonic() - started_s
+    if size_bytes is not None:
+        _report(entry, str(source), f"{size_bytes / 1e6:.1f} MB", f"{seconds:.2f} s")
+    else:
+        _report(entry, "missing" if error else "to download")
+    return ModelRecord(
+        name=entry.path.name,
+        entry=entry.source,
+        path=str(entry.path),
+        source=source,
+        size_bytes=size_bytes,
+        seconds=round(seconds, 3),
+        error=error,
+    )
 
 
 def _carry_out(step: Plan, entry: ModelEntry, token: str | None) -> None:
@@ -114,6 +133,13 @@ def _carry_out(step: Plan, entry: ModelEntry, token: str | None) -> None:
 
         print(f"downloading {entry.source}", file=sys.stderr, flush=True)
         download(entry, token=token)
+
+
+def _note(records: list[ModelRecord], path: Path) -> None:
+    try:
+        write_manifest(path, records)
+    except OSError as error:  # a full RAM disk is no reason to go without the models
+        _complain(f"{path} cannot be written: {error.strerror}")
 
 
 def _report(entry: ModelEntry, source: str, *details: str) -> None:

@@ -31,14 +31,14 @@ MAIN = "tests/process/test_main_job.py"
 STOPPING = "tests/process/test_stopping.py"
 
 MUTANTS = [
-    Mutant("nonce", "worker/follow.py", ", NONCE_INPUT: nonce}", "}", f"{MAIN} -k word_for_word"),
+    Mutant("nonce", "worker/run.py", ", NONCE_INPUT: nonce}", "}", f"{MAIN} -k word_for_word"),
     Mutant("fsync", "worker/ramdisk.py", "os.fsync(stream.fileno())", "pass", "tests/process/test_write_order.py tests/unit/test_ramdisk.py"),
     Mutant("rename", "worker/ramdisk.py", 'f".{secrets.token_hex(8)}.part"', "leaf", "tests/process/test_write_order.py tests/unit/test_ramdisk.py"),
     Mutant("wipe: zeros", "worker/ramdisk.py", "overwrite_with_zeros(entry.name, directory_fd)", "pass", f"{MAIN} -k debug_keeps"),
     Mutant("wipe: after the job", "rp_handler.py", 'with steps("wipe"):\n                    self._wipe()', "pass", f"{MAIN} -k three_jobs"),
     Mutant("wipe: before the job", "rp_handler.py", "self.ramdisk.wipe()\n        with self._wiped", "pass\n        with self._wiped", f"{MAIN} -k debug_keeps"),
     Mutant("wipe: the log", "worker/process.py", "os.truncate(self._log_path, 0)", "pass", f"{MAIN} -k three_jobs"),
-    Mutant("status is read", "worker/follow.py", '_raise_if_failed(record.get("status") or {})', "pass", f"{MAIN} -k cannot_run"),
+    Mutant("status is read", "worker/follow.py", "if failure is not None:", "if False:", f"{MAIN} -k cannot_run"),
     Mutant("history is deleted", "rp_handler.py", "self.process.scrub_log, self.comfyui.clear_history)", "self.process.scrub_log)", f"{MAIN} -k three_jobs"),
     Mutant("history retries", "worker/follow.py", "HISTORY_WAITS_S = (0.010, 0.050, 0.250, 1.250, 6.250)", "HISTORY_WAITS_S = ()", "tests/unit/test_follow.py"),
     Mutant("deadline and cancellation", "worker/follow.py", "self._control.check()\n            message", "message", f"{STOPPING} -k own_deadline"),

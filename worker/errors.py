@@ -17,7 +17,8 @@ WorkerError
 │   └── JobCancelled          JOB_CANCELLED         RunPod or another client stopped it
 ├── OutputFailed
 │   ├── HistoryMissing        HISTORY_MISSING       ComfyUI has no record of a prompt that ran
-│   ├── OutputMissing         OUTPUT_MISSING        the history names a file that is not there, or is empty
+│   ├── OutputMissing         OUTPUT_MISSING        the history names a file that is not there
+│   ├── OutputDamaged         OUTPUT_DAMAGED        ComfyUI wrote a file that is empty or cut short
 │   ├── NoOutput              NO_OUTPUT             the run succeeded and gave nothing
 │   └── ResultTooLarge        RESULT_TOO_LARGE      the answer would not pass RunPod's size limit
 └── WorkerFault
@@ -108,6 +109,10 @@ class HistoryMissing(OutputFailed):
 
 class OutputMissing(OutputFailed):
     code = "OUTPUT_MISSING"
+
+
+class OutputDamaged(OutputFailed):
+    code = "OUTPUT_DAMAGED"
 
 
 class NoOutput(OutputFailed):

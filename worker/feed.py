@@ -28,6 +28,8 @@ class Feed:
         self._clock = clock
         self._socket: websocket.WebSocket | None = None
         self._tried_at = 0.0
+        self.was_down = False
+        """whether messages can have been lost"""
 
     @property
     def is_open(self) -> bool:
@@ -55,6 +57,7 @@ class Feed:
     def receive(self, timeout_s: float) -> bytes | dict[str, Any] | None:
         """The next message that matters: JSON as a dict, binary as bytes; None after ``timeout_s`` or a break."""
         if self._socket is None:
+            self.was_down = True
             time.sleep(timeout_s)
             return None
         try:
@@ -63,13 +66,17 @@ class Feed:
         except websocket.WebSocketTimeoutException:
             return None
         except (websocket.WebSocketException, OSError) as error:
-            log.warning("the websocket broke (%s); asking the queue and the history", type(error).__name__)
-            self.close()
+            self._lose(type(error).__name__)
             return None
         if opcode == websocket.ABNF.OPCODE_CLOSE:
-            self.close()
+            self._lose("closed by ComfyUI")
             return None
         return bytes(content) if opcode == websocket.ABNF.OPCODE_BINARY else _parse_message(content)
+
+    def _lose(self, reason: str) -> None:
+        log.warning("the websocket broke (%s); asking the queue and the history", reason)
+        self.was_down = True
+        self.close()
 
     def close(self) -> None:
         with _socket_trouble():
@@ -84,7 +91,7 @@ def _parse_message(content: bytes) -> dict[str, Any]:
         return {}
     try:
         message = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return message if isinstance(message, dict) else {}
 

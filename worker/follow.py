@@ -9,129 +9,94 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from worker.comfyui import ComfyUI
+from worker.comfyui import LOOK_TIMEOUT_S, ComfyUI
+from worker.comfyui_errors import failure_of
 from worker.control import JobControl
-from worker.errors import (
-    ComfyUICrashed,
-    ComfyUIUnavailable,
-    ExecutionFailed,
-    GpuBroken,
-    HistoryMissing,
-    JobCancelled,
-    JobTimeout,
-    OutOfGpuMemory,
-)
+from worker.errors import ComfyUICrashed, ComfyUIUnavailable, HistoryMissing, JobCancelled, JobTimeout
 from worker.feed import Feed
 from worker.payload import Workflow
 
 log = logging.getLogger(__name__)
 
-NONCE_INPUT = "__job_nonce"
 TICK_S = 0.1  # how soon a cancellation, a deadline or a dead process is seen
 DRAIN_S = 1.0  # how long messages are still read after the end was found without them
 QUIET_S = 2.0  # without a message for so long, /queue and /history are asked
 HISTORY_WAITS_S = (0.010, 0.050, 0.250, 1.250, 6.250)
-MAX_TRACEBACK_LINES = 8
-MAX_LINE_CHARS = 500
-MAX_MESSAGE_CHARS = 4000  # a failure has RunPod's size limit too
+MAX_AMOUNT = 1e15  # of steps; JSON has numbers that no float can hold
 _PREVIEW_EVENT = 1  # binary frame: u32 event, u32 format, image (ComfyUI's protocol.py)
+_PICTURES_BY_SOCKET = "SaveImageWebsocket"
 
 Progress = dict[str, Any]
 
 
 @dataclass
 class RunOutcome:
-    """What a finished prompt left: ComfyUI's ``outputs`` by node id, and the pictures that came by websocket only."""
+    """What a finished prompt left: ComfyUI's ``outputs`` by node id, and the pictures that came by websocket only.
+
+    ``cached`` are the nodes that did not run, because ComfyUI had their results; ``pictures_lost`` is True where
+    pictures may have been sent while the websocket was down.
+    """
 
     prompt_id: str
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cached: frozenset[str] = frozenset()
     socket_images: list[tuple[str, bytes]] = field(default_factory=list)
+    pictures_lost: bool = False
     warnings: list[str] = field(default_factory=list)
 
 
-def run_workflow(
-    comfyui: ComfyUI,
-    workflow: Workflow,
-    *,
-    control: JobControl,
-    on_progress: Callable[[Progress], None],
-    interrupt_grace_s: float,
-    api_key: str | None = None,
-) -> RunOutcome:
-    """Queue ``workflow``, follow it to its end and read its history.
+class PromptRun:
+    """One prompt in ComfyUI. ``complete`` is called once.
 
-    Raises PromptRejected, ExecutionFailed, OutOfGpuMemory, JobTimeout, JobCancelled, HistoryMissing, and what ComfyUI's
-    methods raise. On a deadline or a cancellation the prompt is out of ComfyUI, or ComfyUI is killed, before it raises.
+    ``api_key`` is for ComfyUI's API nodes. On a deadline or a cancellation the prompt is out of ComfyUI, or ComfyUI
+    is killed, before ``complete`` raises.
     """
-    run = _Run(comfyui, workflow, control, on_progress, interrupt_grace_s)
-    try:
-        return run.complete(with_nonce(comfyui, workflow), api_key)
-    except ExecutionFailed as error:
-        # A node with a strict signature behind "takes any input" passes the nonce on and raises TypeError.
-        if NONCE_INPUT not in error.message:
-            raise
-    log.warning("a node does not take the extra input; dropping ComfyUI's cache instead")
-    comfyui.free_cache()
-    run = _Run(comfyui, workflow, control, on_progress, interrupt_grace_s)
-    return run.complete(workflow, api_key)
-
-
-def with_nonce(comfyui: ComfyUI, workflow: Workflow) -> Workflow:
-    """A copy in which every output node that nothing links from has one input that no other job has.
-
-    Without it ComfyUI answers a repeated workflow from its cache: "success", naming a file that the wipe removed. It
-    must be a string (a list would be a link), and one value a job, so that equal output nodes stay one execution.
-    """
-    nonce = secrets.token_hex(4)
-    linked = {
-        value[0]
-        for node in workflow.values()
-        for value in node["inputs"].values()
-        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
-    }
-    return {
-        node_id: {**node, "inputs": {**node["inputs"], NONCE_INPUT: nonce}}
-        if node_id not in linked and comfyui.is_output_class(node["class_type"])
-        else node
-        for node_id, node in workflow.items()
-    }
-
-
-class _Run:
-    """One prompt in ComfyUI. ``complete`` is called once."""
 
     def __init__(
         self,
         comfyui: ComfyUI,
         workflow: Workflow,
+        *,
         control: JobControl,
         on_progress: Callable[[Progress], None],
         interrupt_grace_s: float,
+        api_key: str | None,
     ) -> None:
         self._comfyui = comfyui
         self._workflow = workflow
         self._control = control
         self._on_progress = on_progress
         self._interrupt_grace_s = interrupt_grace_s
+        self._api_key = api_key
         self._outcome = RunOutcome(prompt_id=str(uuid.uuid4()))
         self._node_id: str | None = None
         self._finished_nodes: set[str] = set()
         self._terminal_seen = False
 
-    def complete(self, workflow: Workflow, api_key: str | None) -> RunOutcome:
-        prompt_id = self._outcome.prompt_id
+    def complete(self) -> RunOutcome:
+        """Queue the workflow, follow it to its end and read its history.
+
+        Raises PromptRejected, ExecutionFailed, OutOfGpuMemory, GpuBroken, JobTimeout, JobCancelled, HistoryMissing, and
+        what ComfyUI's methods raise.
+        """
         feed = Feed(self._comfyui.port, client_id=uuid.uuid4().hex, clock=self._comfyui.clock)
         try:
             # Socket first: messages can arrive before the POST is answered, and what is sent to nobody is lost.
             feed.open()
             self._control.check()
-            self._outcome.warnings = self._comfyui.submit(workflow, prompt_id, feed.client_id, api_key)
+            self._outcome.warnings = self._comfyui.submit(
+                self._workflow,
+                self._outcome.prompt_id,
+                feed.client_id,
+                self._api_key,
+                check=self._control.check,
+                grace_s=self._interrupt_grace_s,
+            )
             self._follow(feed)
             record = self._read_history()
         except (JobTimeout, JobCancelled):
@@ -139,9 +104,26 @@ class _Run:
             raise
         finally:
             feed.close()
-        _raise_if_failed(record.get("status") or {})
-        self._outcome.outputs = record.get("outputs") or {}
+        self._take_record(record)
+        if feed.was_down:
+            self._outcome.pictures_lost = any(
+                node["class_type"] == _PICTURES_BY_SOCKET for node in self._workflow.values()
+            )
         return self._outcome
+
+    def _take_record(self, record: dict[str, Any]) -> None:
+        """Read the record's ``status`` before its outputs: those of branches that finished before an error are kept."""
+        status = record.get("status") or {}
+        failure = failure_of(status, self._workflow, [self._api_key] if self._api_key else [])
+        if failure is not None:
+            raise failure
+        self._outcome.outputs = record.get("outputs") or {}
+        self._outcome.cached = frozenset(
+            str(node_id)
+            for kind, data in status.get("messages", [])
+            if kind == "execution_cached"
+            for node_id in data.get("nodes") or ()
+        )
 
     def _follow(self, feed: Feed) -> None:
         """Return when the prompt has ended, in whatever way, and what it had sent by then has been read."""
@@ -171,11 +153,12 @@ class _Run:
         """Ask ComfyUI itself. The queue first: a prompt enters the history in the same step in which it leaves it."""
         self._comfyui.raise_if_dead()  # the one that answers may be its successor
         try:
-            if self._comfyui.has_queued(self._outcome.prompt_id):
+            if self._comfyui.has_queued(self._outcome.prompt_id, LOOK_TIMEOUT_S):
                 return False
-            if self._comfyui.history(self._outcome.prompt_id) is not None:
+            if self._comfyui.history(self._outcome.prompt_id, LOOK_TIMEOUT_S) is not None:
                 return True
         except ComfyUIUnavailable:
+            self._comfyui.raise_if_hung()
             return False  # slow, not dead: the next look, the deadline or the process will tell
         if self._terminal_seen:
             return True
@@ -223,7 +206,8 @@ class _Run:
                 return True
             self._enter(str(data["node"]))
         elif kind == "execution_cached":
-            self._finished_nodes.update(map(str, data.get("nodes") or ()))
+            nodes = data.get("nodes")
+            self._finished_nodes.update(map(str, nodes if isinstance(nodes, list) else ()))
         elif kind == "progress":
             self._report(data.get("value"), data.get("max"))
         elif kind in ("execution_success", "execution_error", "execution_interrupted"):
@@ -239,9 +223,9 @@ class _Run:
     def _report(self, value: Any, maximum: Any) -> None:
         progress: Progress = {"stage": "running", "node": self._node_id, "node_class": self._class_type()}
         within = 0.0
-        if isinstance(value, int | float) and isinstance(maximum, int | float) and maximum > 0:
+        if _is_amount(value) and _is_amount(maximum) and maximum > 0:
             progress |= {"value": value, "max": maximum}
-            within = min(1.0, value / maximum)
+            within = max(0.0, min(1.0, value / maximum))
         finished = len(self._finished_nodes & self._workflow.keys())
         progress["percent"] = min(99, int(100 * (finished + within) / len(self._workflow)))
         self._on_progress(progress)
@@ -253,34 +237,9 @@ class _Run:
     def _take_binary(self, message: bytes) -> None:
         """SaveImageWebsocket writes no file: its pictures are full-size "previews" sent while it is executing."""
         is_picture = int.from_bytes(message[:4], "big") == _PREVIEW_EVENT and len(message) > 8
-        if is_picture and self._node_id is not None and self._class_type() == "SaveImageWebsocket":
+        if is_picture and self._node_id is not None and self._class_type() == _PICTURES_BY_SOCKET:
             self._outcome.socket_images.append((self._node_id, message[8:]))
 
 
-def _raise_if_failed(status: dict[str, Any]) -> None:
-    """Read the record's ``status`` before its outputs: those of branches that finished before an error are kept."""
-    if status.get("status_str") != "error":
-        return
-    messages = {kind: data for kind, data in status.get("messages", [])}
-    if "execution_error" not in messages:
-        raise JobCancelled("The workflow was interrupted in ComfyUI.")
-    error = messages["execution_error"]
-    kind = str(error.get("exception_type"))
-    message = str(error.get("exception_message")).strip()[:MAX_MESSAGE_CHARS]
-    where = f"Node {error.get('node_id')} ({error.get('node_type')})"
-    lines = "".join(error.get("traceback") or []).splitlines()
-    details = {
-        "node_id": error.get("node_id"),
-        "node_type": error.get("node_type"),
-        "exception_type": kind,
-        "exception_message": message,
-        "traceback": [line[:MAX_LINE_CHARS] for line in lines[-MAX_TRACEBACK_LINES:]],
-    }
-    if kind.endswith("OutOfMemoryError") or "CUDA error: out of memory" in message:
-        raise OutOfGpuMemory(
-            f"{where} ran out of GPU memory; use a smaller picture or batch, or a larger GPU.", **details
-        )
-    if "CUDA error:" in message:  # sticky: every later CUDA call of the process fails too (CUDA runtime documentation)
-        raise GpuBroken(f"{where} met a GPU fault; this worker is being replaced, send the job again.", **details)
-    first_line = message.partition("\n")[0][:MAX_LINE_CHARS]
-    raise ExecutionFailed(f"{where} failed: {kind}: {first_line}", **details)
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and -MAX_AMOUNT < value < MAX_AMOUNT  # also false for NaN

@@ -50,6 +50,17 @@ def check_image(name: str, data: bytes) -> None:
         )
 
 
+def is_cut_short(data: bytes) -> bool:
+    """True where the structure of a file that ComfyUI wrote says that its end is missing, or the file is empty.
+
+    Known are PNG, JPEG, WebP, GIF, AVIF and the MP4 family; of every other format nothing is said.
+    """
+    if data[4:8] == b"ftyp":
+        return not _mp4_is_whole(data)
+    structured = data.startswith((_PNG_SIGNATURE, b"\xff\xd8", b"GIF8")) or data[8:12] == b"WEBP"
+    return not data or (structured and not _is_whole(data))
+
+
 def _check_header(name: str, data: bytes) -> None:
     try:
         Image.open(io.BytesIO(data), formats=FORMATS).close()
@@ -107,6 +118,22 @@ def _jpeg_is_whole(data: bytes) -> bool:
                 return False
             position = found.start()
     return False
+
+
+def _mp4_is_whole(data: bytes) -> bool:
+    """Boxes, each led by its size and type, fill the file, and one of them is the index (ISO/IEC 14496-12)."""
+    position, has_index = 0, False
+    while position + 8 <= len(data):
+        size = int.from_bytes(data[position : position + 4], "big")
+        has_index |= data[position + 4 : position + 8] in (b"moov", b"moof", b"meta")
+        if size == 1:  # a 64-bit size follows
+            size = int.from_bytes(data[position + 8 : position + 16], "big")
+        elif size == 0:  # the last box, as long as the file
+            size = len(data) - position
+        if size < 8:
+            return False
+        position += size
+    return has_index and position <= len(data)
 
 
 def _gif_is_whole(data: bytes) -> bool:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from worker.errors import NoOutput, OutputMissing, ResultTooLarge
+from worker.errors import NoOutput, OutputDamaged, ResultTooLarge
 from worker.follow import RunOutcome
+from worker.media import is_cut_short
 from worker.ramdisk import RamDisk
 
 # The limits count the posted JSON body; RunPod documents 10 MB, and 20 MB for jobs of /runsync, whose ids show it.
@@ -65,13 +66,18 @@ class _Output:
     data: bytes | None = None
 
     def size_bytes(self, ramdisk: RamDisk) -> int:
-        size = ramdisk.size_of(self.kind, self.subfolder, self.filename) if self.data is None else len(self.data)
-        if size == 0:
-            raise OutputMissing(f"ComfyUI wrote an empty file: {self.filename!r}.", file=self.filename)
-        return size
+        return ramdisk.size_of(self.kind, self.subfolder, self.filename) if self.data is None else len(self.data)
 
     def read(self, ramdisk: RamDisk) -> bytes:
-        return ramdisk.read(self.kind, self.subfolder, self.filename) if self.data is None else self.data
+        """Raises OutputMissing or OutputDamaged."""
+        data = ramdisk.read(self.kind, self.subfolder, self.filename) if self.data is None else self.data
+        if is_cut_short(data):
+            raise OutputDamaged(
+                f"ComfyUI wrote {self.filename!r} only in part ({len(data)} bytes); send the job again.",
+                file=self.filename,
+                size_bytes=len(data),
+            )
+        return data
 
     def item(self, size_bytes: int) -> tuple[str, dict[str, Any]]:
         """The result's list that this belongs to, and its item with ``data`` still empty."""
@@ -90,8 +96,8 @@ class _Output:
 def collect_outputs(outcome: RunOutcome, ramdisk: RamDisk, limit_bytes: int) -> dict[str, list[dict[str, Any]]]:
     """``{"images": [item...]}`` and, where there are any, ``videos``, ``audio``, ``files``, ``texts``.
 
-    Previews (type temp) are returned only where nothing was saved. Raises NoOutput, OutputMissing or ResultTooLarge,
-    the last before any file is read.
+    Previews (type temp) are returned only where nothing was saved. Raises NoOutput, OutputMissing, OutputDamaged
+    or ResultTooLarge, the last before any file is read.
     """
     texts = _texts(outcome.outputs)
     found = _find_files(outcome)

@@ -190,12 +190,12 @@ def test_progress_arrives_while_the_job_runs_and_never_after(driver: Driver) -> 
 
 
 def test_neither_prompt_text_nor_pictures_nor_keys_reach_a_log(driver: Driver) -> None:
-    marker = "xyzzy-secret-marker"
+    marker, key = "xyzzy-secret-marker", "xyzzy-secret-key"
     workflow = invert_workflow(prefix=marker)
     workflow["3"]["inputs"]["filename_prefix"] = f"../../{marker}/x"  # fails in the node, with the value
     picture = base64_of(picture_bytes())
     for extra in ({}, {"debug": True}):
-        answer = driver.run({"workflow": workflow, "images": {"a.png": picture}, "comfy_org_api_key": marker, **extra})
+        answer = driver.run({"workflow": workflow, "images": {"a.png": picture}, "comfy_org_api_key": key, **extra})
         assert marker in answer["error"] + str(answer["output"])  # the caller is told
     assert driver.run({"workflow": {"1": {"class_type": marker, "inputs": {"text": marker}}}})["status"] == "FAILED"
     refused = invert_workflow()
@@ -209,4 +209,5 @@ def test_neither_prompt_text_nor_pictures_nor_keys_reach_a_log(driver: Driver) -
     wait_until(lambda: driver.comfyui_pid() != pid, "ComfyUI is started again")
     assert driver.run(invert_job())["status"] == "COMPLETED"
     assert marker not in driver.log()
+    assert key not in driver.log()
     assert picture[:64] not in driver.log()

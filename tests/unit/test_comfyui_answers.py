@@ -16,8 +16,8 @@ import urllib3
 from tests.contract.comfyui_client import capture
 from worker import comfyui as module
 from worker.comfyui import ComfyUI
-from worker.errors import ComfyUICrashed, ComfyUIUnavailable, PromptRejected
-from worker.process import ComfyUIProcess
+from worker.errors import ComfyUICrashed, ComfyUIUnavailable, JobCancelled, PromptRejected
+from worker.process import ComfyUIProcess, ProcessState
 
 RECORDED = {
     "0.18.1": {name: case["response"] for name, case in capture("invalid_prompts").items() if "response" in case},
@@ -141,9 +141,9 @@ def refusal(comfyui: ComfyUI, double: Double, answer: Answer) -> PromptRejected:
     ("version", "name", "said"),
     [
         ("0.18.1", "missing_required_input", "Node 2 (ImageScale): Required input is missing: width."),
-        ("0.18.1", "bad_enum", "Node 2 (ImageScale): Value not in list: upscale_method: 'magic' not in ['nea"),
+        ("0.18.1", "bad_enum", "Node 2 (ImageScale): upscale_method is 'magic', which ComfyUI does not have; it"),
         ("0.18.1", "missing_image_file", "Node 1 (LoadImage): Custom validation failed for node: image - Invalid"),
-        ("0.18.1", "missing_model_file", "Node 1 (CheckpointLoaderSimple): Value not in list: ckpt_name: 'nope.safe"),
+        ("0.18.1", "missing_model_file", "is 'nope.safetensors', which ComfyUI does not have; it has nothing to"),
         ("0.18.1", "too_big", "Node 2 (ImageScale): Value 1000000 bigger than max of 16384: width."),
         ("0.18.1", "type_mismatch", "received_type(MASK) mismatch input_type(IMAGE)."),
         ("0.18.1", "link_length3", "Node 3 (ImageInvert): Bad linked input, must be a length-2 list"),
@@ -178,7 +178,8 @@ def test_every_recorded_refusal_is_short_and_without_the_choices(comfyui: ComfyU
     error = refusal(comfyui, double, (recorded["status"], recorded["body"]))
     assert len(error.message) < 1000
     assert "extra_info" not in json.dumps(error.details)
-    assert set(error.details) in ({"status"}, {"type", "node_errors"})
+    expected = {"status", "log"} if recorded["status"] >= 500 else {"type", "node_errors"}
+    assert set(error.details) == expected
 
 
 def test_a_refusal_lists_each_fault_of_each_node_and_cuts_long_ones(comfyui: ComfyUI, double: Double) -> None:
@@ -203,7 +204,53 @@ def test_a_refusal_lists_each_fault_of_each_node_and_cuts_long_ones(comfyui: Com
 def test_an_answer_in_no_form_of_comfyuis_is_a_refusal_with_its_status(
     comfyui: ComfyUI, double: Double, answer: Answer
 ) -> None:
-    assert refusal(comfyui, double, answer).details == {"status": answer[0]}
+    assert refusal(comfyui, double, answer).details["status"] == answer[0]
+
+
+def not_listed(value: Any, config: Any, **extra: Any) -> dict[str, Any]:
+    extra = {"input_name": "ckpt_name", "input_config": config, "received_value": value, **extra}
+    return {"type": "value_not_in_list", "message": "Value not in list", "details": "", "extra_info": extra}
+
+
+def refused_with(faults: list[dict[str, Any]]) -> Answer:
+    node_errors = {"4": {"class_type": "CheckpointLoaderSimple", "errors": faults, "dependent_outputs": ["9"]}}
+    return 400, {"error": {"type": "prompt_outputs_failed_validation", "details": ""}, "node_errors": node_errors}
+
+
+@pytest.mark.parametrize(
+    ("value", "config", "said"),
+    [
+        ("sdxl_base.safetensors", [["sd_xl_base_1.0.safetensors", "flux.sft"], {}], "the nearest it has: 'sd_xl_base_"),
+        ("qwen.gguf", [["unet/Qwen.gguf"], {}], "the nearest it has: 'unet/Qwen.gguf'."),
+        ("old/qwen.gguf", ["COMBO", {"options": ["qwen.gguf"]}], "the nearest it has: 'qwen.gguf'."),
+        ("magic", [["area", "lanczos"], {}], "it has: 'area', 'lanczos'."),
+        ("zzz", [[f"model-{n}" for n in range(90)]], "'model-4' and 85 more."),
+        ("a", [[], {}], "it has nothing to choose from there."),
+        ("a", None, "it has nothing to choose from there."),
+        (5, [[1, 2], {}], "ckpt_name is '5', which ComfyUI does not have; it has: '1', '2'."),
+    ],
+)
+def test_a_value_that_comfyui_does_not_list_is_told_with_the_nearest_that_it_has(
+    comfyui: ComfyUI, double: Double, value: Any, config: Any, said: str
+) -> None:
+    assert said in refusal(comfyui, double, refused_with([not_listed(value, config)])).message
+
+
+def test_what_is_known_of_a_missing_model_is_told(double: Double, run_dir: Path) -> None:
+    notes = {"flux.sft": "MODELS names flux.sft, but it is missing: no space."}
+    client = ComfyUI(double.server_port, ComfyUIProcess(run_dir), model_note=notes.get)
+    client.wait_ready(5)
+    error = refusal(client, double, refused_with([not_listed("flux.sft", [[]])]))
+    assert error.message.endswith("choose from there. MODELS names flux.sft, but it is missing: no space.")
+
+
+def test_a_refusal_of_a_huge_workflow_is_small(comfyui: ComfyUI, double: Double) -> None:
+    fault = {"type": "required_input_missing", "message": "Required input is missing", "details": "x" * 10_000}
+    nodes = {str(n): {"class_type": "Node", "errors": [fault] * 50, "dependent_outputs": []} for n in range(2_000)}
+    body = {"error": {"type": "prompt_outputs_failed_validation", "details": ""}, "node_errors": nodes}
+    error = refusal(comfyui, double, (400, body))
+    assert "99980 more faults are not listed." in error.message
+    assert len(json.dumps(error.as_result())) < 500_000
 
 
 @pytest.mark.parametrize("version", RECORDED)
@@ -255,7 +302,87 @@ def test_a_broken_post_of_a_prompt_that_did_not_arrive_is_a_failure(comfyui: Com
     assert len(double.bodies("POST /prompt")) == 1
 
 
+@pytest.mark.parametrize("answers_in_time", [True, False])
+def test_a_job_that_ends_while_its_post_is_not_answered_leaves_no_prompt_behind(
+    comfyui: ComfyUI, double: Double, process: subprocess.Popen[bytes], answers_in_time: bool
+) -> None:
+    """ComfyUI would queue the prompt whenever it gets to it: the answer is waited for, else the process is ended."""
+    released = Event()
+
+    def slow() -> Answer:
+        released.wait(10)
+        return 200, {"prompt_id": "prompt-1", "number": 1, "node_errors": {}}
+
+    def cancelled() -> None:
+        if answers_in_time:
+            released.set()
+        raise JobCancelled("cancelled")
+
+    double.answers["POST /prompt"] = slow
+    with pytest.raises(JobCancelled):
+        comfyui.submit(WORKFLOW, "prompt-1", "client-1", None, check=cancelled, grace_s=5 if answers_in_time else 0.1)
+    released.set()
+    if answers_in_time:
+        assert process.poll() is None
+    else:
+        assert process.wait(5) == -signal.SIGKILL
+
+
+def test_a_post_that_is_never_answered_is_given_up(
+    comfyui: ComfyUI, double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = Event()
+    monkeypatch.setattr(module, "SUBMIT_POLL_S", 0.001)  # the clock goes on by a second with each look
+    double.answers |= {
+        "POST /prompt": lambda: (200, str(released.wait(10))),
+        "GET /queue": (200, IDLE),
+        "GET /history/prompt-1": (200, {}),
+    }
+    with pytest.raises(ComfyUIUnavailable, match="TimeoutError"):
+        submit(comfyui)
+    released.set()
+
+
 # --- dead, slow, wrong ---
+
+
+def test_a_death_is_told_with_its_exit_code(comfyui: ComfyUI, run_dir: Path) -> None:
+    (run_dir / "ended").write_text("1 139\n")
+    put_start(run_dir, 2**22 + 1, 1)
+    comfyui.process.kill(ProcessState(2**22 + 1, 1))
+    put_start(run_dir, 2**22 + 1, 2)
+    with pytest.raises(ComfyUICrashed, match="exit code 139, SIGSEGV") as caught:
+        comfyui.raise_if_dead()
+    assert (caught.value.details["exit_code"], caught.value.details["out_of_memory"]) == (139, False)
+
+
+def test_a_comfyui_that_neither_answers_nor_computes_is_ended(
+    comfyui: ComfyUI, process: subprocess.Popen[bytes]
+) -> None:
+    with pytest.raises(ComfyUICrashed, match="neither answered nor computed for 30 s") as caught:
+        for _ in range(2 * int(module.HUNG_S)):  # the clock goes on by a second with each look
+            comfyui.raise_if_hung()
+    assert caught.value.details["log"] == ["Segmentation fault"]
+    assert process.wait(5) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("sign_of_life", ["an answer", "work"])
+def test_a_comfyui_that_is_only_slow_gets_all_the_time_there_is(
+    comfyui: ComfyUI,
+    double: Double,
+    process: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    sign_of_life: str,
+) -> None:
+    double.answers["GET /queue"] = (200, IDLE)
+    busy_s = itertools.count()
+    if sign_of_life == "work":
+        monkeypatch.setattr(comfyui.process, "cpu_s", lambda _: next(busy_s) / 10)
+    for look in range(4 * int(module.HUNG_S)):
+        comfyui.raise_if_hung()
+        if sign_of_life == "an answer" and look % 20 == 0:
+            comfyui.queued_ids()
+    assert process.poll() is None
 
 
 def test_no_answer_of_a_process_that_has_ended_is_a_crash_with_its_last_words(
@@ -299,7 +426,7 @@ def test_an_answer_that_is_no_object_is_comfyuis_fault(comfyui: ComfyUI, double:
     with pytest.raises(ComfyUIUnavailable, match="GET queue"):
         comfyui.queued_ids()
     with pytest.raises(ComfyUIUnavailable, match="POST /free"):
-        comfyui.free_cache()
+        comfyui.free_memory()
 
 
 # --- ready ---

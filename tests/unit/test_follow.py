@@ -1,5 +1,6 @@
 """One prompt from its POST to its history, against a real stand-in; only what must go wrong is put on by hand."""
 
+import json
 import os
 import threading
 import time
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import requests
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.contract.comfyui_client import boot
 from worker import follow
@@ -26,9 +29,10 @@ from worker.errors import (
     PromptRejected,
     WorkerError,
 )
-from worker.feed import Feed
-from worker.follow import NONCE_INPUT, Progress, RunOutcome, run_workflow, with_nonce
+from worker.feed import Feed, _parse_message
+from worker.follow import Progress, PromptRun, RunOutcome
 from worker.process import ComfyUIProcess
+from worker.run import NONCE_INPUT, run_workflow
 
 Workflow = dict[str, dict[str, Any]]
 
@@ -39,16 +43,16 @@ class Recording(ComfyUI):
     def __init__(self, port: int, process: ComfyUIProcess) -> None:
         self.slept_s: list[float] = []
         self.submitted: list[Workflow] = []
-        self.cache_was_freed = False
+        self.memory_was_freed = False
         super().__init__(port, process, sleep=self.slept_s.append)
 
-    def submit(self, workflow: Workflow, *arguments: Any) -> list[str]:
+    def submit(self, workflow: Workflow, *arguments: Any, **more: Any) -> list[str]:
         self.submitted.append(workflow)
-        return super().submit(workflow, *arguments)
+        return super().submit(workflow, *arguments, **more)
 
-    def free_cache(self) -> None:
-        self.cache_was_freed = True
-        super().free_cache()
+    def free_memory(self) -> None:
+        self.memory_was_freed = True
+        super().free_memory()
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +87,12 @@ def run(
     workflow: Workflow,
     control: JobControl | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    api_key: str | None = None,
 ) -> RunOutcome:
     control = control or JobControl(timeout_s=20)
-    return run_workflow(comfyui, workflow, control=control, on_progress=on_progress, interrupt_grace_s=5)
+    return run_workflow(
+        comfyui, workflow, control=control, on_progress=on_progress, interrupt_grace_s=5, api_key=api_key
+    )
 
 
 def save_workflow(prefix: str = "saved") -> Workflow:
@@ -151,41 +158,70 @@ def test_a_proxy_of_the_environment_is_not_asked_for_loopback(
 # --- the nonce ---
 
 
+def with_nonce_in(workflow: Workflow) -> list[str]:
+    return [node_id for node_id in workflow if NONCE_INPUT in workflow[node_id]["inputs"]]
+
+
 def test_only_output_nodes_that_nothing_links_from_get_the_nonce(comfyui: Recording) -> None:
     workflow = save_workflow()
-    workflow["3"] = {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}
+    workflow["3"] = {"class_type": "StandinTee", "inputs": {"images": ["1", 0], "filename_prefix": "tee"}}
     workflow["4"] = {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}}  # no output node
-    workflow["5"] = {"class_type": "ImageInvert", "inputs": {"image": ["3", 0]}}  # links from an output node
-    noted = with_nonce(comfyui, workflow)
-    assert [node_id for node_id in noted if NONCE_INPUT in noted[node_id]["inputs"]] == ["2"]
-    assert isinstance(noted["2"]["inputs"][NONCE_INPUT], str)
-    assert NONCE_INPUT not in workflow["2"]["inputs"]
+    workflow["5"] = {"class_type": "PreviewImage", "inputs": {"images": ["3", 0]}}  # links from an output node
+    run(comfyui, workflow)
+    (sent,) = comfyui.submitted
+    assert with_nonce_in(sent) == ["2", "5"]
+    assert isinstance(sent["2"]["inputs"][NONCE_INPUT], str)
+    assert with_nonce_in(workflow) == []
 
 
 def test_one_job_has_one_nonce_and_the_next_another(comfyui: Recording) -> None:
     workflow = save_workflow()
     workflow["3"] = {"class_type": "SaveImage", "inputs": dict(workflow["2"]["inputs"])}
-    copies = [with_nonce(comfyui, workflow) for _ in range(2)]
-    nonces = [{copy[node_id]["inputs"][NONCE_INPUT] for node_id in ("2", "3")} for copy in copies]
+    for _ in range(2):
+        run(comfyui, workflow)
+    nonces = [{sent[node_id]["inputs"][NONCE_INPUT] for node_id in ("2", "3")} for sent in comfyui.submitted]
     assert [len(nonce) for nonce in nonces] == [1, 1]
     assert nonces[0] != nonces[1]
 
 
-def test_a_node_that_cannot_take_the_nonce_runs_without_it_on_an_empty_cache(
-    comfyui: Recording, monkeypatch: pytest.MonkeyPatch
+def strict_workflow(prefix: str) -> Workflow:
+    """Its output node claims to take any input and fails when it gets one."""
+    workflow = save_workflow(prefix)
+    workflow["2"]["class_type"] = "StandinStrict"
+    return workflow
+
+
+def test_a_node_that_cannot_take_the_nonce_is_run_without_and_remembered(comfyui: Recording) -> None:
+    assert len(filenames(run(comfyui, strict_workflow("one")))) == 1
+    assert len(filenames(run(comfyui, strict_workflow("two")))) == 1
+    assert [with_nonce_in(sent) for sent in comfyui.submitted] == [["2"], [], []]
+    assert not comfyui.memory_was_freed  # the models stay where they are
+
+
+def test_a_repeated_workflow_without_the_nonce_runs_again_on_an_empty_cache(
+    comfyui: Recording, server: tuple[int, Path]
 ) -> None:
-    real_history = comfyui.history
+    _, root = server
+    for _ in range(2):
+        (name,) = filenames(run(comfyui, strict_workflow("again")))
+        (root / "output" / name).unlink()  # fails if ComfyUI answered from its cache
+    assert comfyui.memory_was_freed
 
-    def refuses_the_nonce_once(prompt_id: str) -> dict[str, Any] | None:
-        if len(comfyui.submitted) > 1:
-            return real_history(prompt_id)
-        words = f"save() got an unexpected keyword argument '{NONCE_INPUT}'"
-        return failed_record(exception_type="TypeError", exception_message=words)
 
-    monkeypatch.setattr(comfyui, "history", refuses_the_nonce_once)
-    assert len(filenames(run(comfyui, save_workflow()))) == 1
-    assert comfyui.cache_was_freed
-    assert [NONCE_INPUT in workflow["2"]["inputs"] for workflow in comfyui.submitted] == [True, False]
+def test_an_output_node_with_consumers_runs_again_where_its_files_are_of_an_earlier_job(
+    comfyui: Recording, server: tuple[int, Path]
+) -> None:
+    _, root = server
+    workflow = save_workflow("last")
+    workflow["7"] = {"class_type": "StandinTee", "inputs": {"images": ["1", 0], "filename_prefix": "tee"}}
+    workflow["2"]["inputs"]["images"] = ["7", 0]
+    for _ in range(2):
+        outcome = run(comfyui, workflow)
+        for node_id in ("2", "7"):
+            (entry,) = outcome.outputs[node_id]["images"]
+            (root / "output" / entry["filename"]).unlink()
+    assert [with_nonce_in(sent) for sent in comfyui.submitted] == [["2"], ["2"], ["2", "7"]]
+    assert not comfyui.memory_was_freed
 
 
 # --- the history ---
@@ -203,7 +239,7 @@ def test_a_late_history_is_waited_for_with_growing_pauses(
 ) -> None:
     real_history, asked = comfyui.history, []
 
-    def late(prompt_id: str) -> dict[str, Any] | None:
+    def late(prompt_id: str, *_: float) -> dict[str, Any] | None:
         asked.append(prompt_id)
         return real_history(prompt_id) if len(asked) > looks else None
 
@@ -215,7 +251,7 @@ def test_a_late_history_is_waited_for_with_growing_pauses(
 def test_a_history_that_never_comes_is_a_failure_of_its_own(
     comfyui: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comfyui, "history", lambda _: None)
+    monkeypatch.setattr(comfyui, "history", lambda *_: None)
     with pytest.raises(HistoryMissing):
         run(comfyui, save_workflow())
     assert comfyui.slept_s == [0.010, 0.050, 0.250, 1.250, 6.250]
@@ -224,7 +260,7 @@ def test_a_history_that_never_comes_is_a_failure_of_its_own(
 def test_a_stall_while_the_history_is_read_is_waited_out(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     real_history, asked = comfyui.history, []
 
-    def stalls(prompt_id: str) -> dict[str, Any] | None:
+    def stalls(prompt_id: str, *_: float) -> dict[str, Any] | None:
         asked.append(prompt_id)
         if len(asked) < 4:
             raise ComfyUIUnavailable("ComfyUI did not answer")
@@ -237,7 +273,7 @@ def test_a_stall_while_the_history_is_read_is_waited_out(comfyui: Recording, mon
 def test_a_failure_is_small_whatever_the_node_said(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     flood = "x" * 3_000_000
     record = failed_record(exception_type="ValueError", exception_message=flood, traceback=[flood] * 20)
-    monkeypatch.setattr(comfyui, "history", lambda _: record)
+    monkeypatch.setattr(comfyui, "history", lambda *_: record)
     with pytest.raises(ExecutionFailed) as caught:
         run(comfyui, save_workflow())
     assert len(str(caught.value.as_result())) < 20_000
@@ -249,7 +285,7 @@ def test_the_status_is_read_before_the_outputs(comfyui: Recording, monkeypatch: 
         exception_type="ValueError",
         exception_message="bad\nsecond line",
     )
-    monkeypatch.setattr(comfyui, "history", lambda _: record)
+    monkeypatch.setattr(comfyui, "history", lambda *_: record)
     with pytest.raises(ExecutionFailed) as caught:
         run(comfyui, save_workflow())
     assert caught.value.message == "Node 2 (SaveImage) failed: ValueError: bad"
@@ -276,7 +312,7 @@ def test_gpu_failures_have_their_own_kind(
     expected: type[WorkerError],
 ) -> None:
     record = failed_record(exception_type=exception_type, exception_message=message)
-    monkeypatch.setattr(comfyui, "history", lambda _: record)
+    monkeypatch.setattr(comfyui, "history", lambda *_: record)
     with pytest.raises(expected) as caught:
         run(comfyui, save_workflow())
     assert type(caught.value) is expected
@@ -315,6 +351,31 @@ def test_a_partly_valid_workflow_runs_and_warns(comfyui: Recording) -> None:
     assert len(filenames(outcome)) == 1
     (warning,) = outcome.warnings
     assert warning.startswith("Node 9 (SaveImage): Required input is missing")
+
+
+def test_a_failure_has_the_nodes_title_and_no_secret(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, text = "sk-live-0123456789", "a lighthouse at dusk"
+    record = failed_record(
+        exception_type="HTTPError",
+        exception_message=f"401 for key {key}",
+        traceback=["  File x, line 1, in run\n", f"    fetch('{text}', key='{key}')\n"],
+    )
+    monkeypatch.setattr(comfyui, "history", lambda *_: record)
+    workflow = save_workflow(text)
+    workflow["2"]["_meta"] = {"title": "My saver"}
+    with pytest.raises(ExecutionFailed) as caught:
+        run(comfyui, workflow, api_key=key)
+    assert caught.value.message == 'Node 2 "My saver" (SaveImage) failed: HTTPError: 401 for key ***'
+    assert caught.value.details["node_title"] == "My saver"
+    assert caught.value.details["traceback"] == ["  File x, line 1, in run", "    fetch('***', key='***')"]
+
+
+def test_memory_is_freed_after_a_run_that_had_too_little(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = failed_record(exception_type="torch.OutOfMemoryError", exception_message="Allocation on device")
+    monkeypatch.setattr(comfyui, "history", lambda *_: record)
+    with pytest.raises(OutOfGpuMemory):
+        run(comfyui, save_workflow())
+    assert comfyui.memory_was_freed
 
 
 # --- ends from outside ---
@@ -459,8 +520,8 @@ def test_the_follower_finds_the_end_without_the_websocket(
 
 def test_a_prompt_that_comfyui_no_longer_knows_is_a_crash(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "Feed", Silent)
-    monkeypatch.setattr(comfyui, "has_queued", lambda _: False)
-    monkeypatch.setattr(comfyui, "history", lambda _: None)
+    monkeypatch.setattr(comfyui, "has_queued", lambda *_: False)
+    monkeypatch.setattr(comfyui, "history", lambda *_: None)
     with pytest.raises(ComfyUICrashed, match="no longer knows"):
         run(comfyui, save_workflow())
 
@@ -481,3 +542,86 @@ def test_a_restart_in_mid_run_is_seen_although_the_new_one_answers(
     with pytest.raises(ComfyUICrashed, match="in the middle of the job"):
         run(client, workflow)
     assert client.stop(client.queued_ids()[0], grace_s=10)
+
+
+class BreaksOnce(Feed):
+    """Loses what was sent in the first run, and says so; the second one is whole."""
+
+    breaks = 1
+
+    def receive(self, timeout_s: float) -> bytes | dict[str, Any] | None:
+        message = super().receive(timeout_s)
+        if isinstance(message, bytes) and BreaksOnce.breaks:
+            BreaksOnce.breaks -= 1
+            self._lose("for the test")
+            return None
+        return message
+
+
+def test_pictures_lost_with_the_websocket_are_sent_again(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "Feed", BreaksOnce)
+    BreaksOnce.breaks = 1
+    workflow = save_workflow()
+    workflow["2"] = {"class_type": "SaveImageWebsocket", "inputs": {"images": ["1", 0]}}
+    assert len(run(comfyui, workflow).socket_images) == 1
+    assert len(comfyui.submitted) == 2
+    comfyui.submitted.clear()
+    BreaksOnce.breaks = 1
+    assert len(filenames(run(comfyui, save_workflow()))) == 1  # nothing was lost here that is not in the history
+    assert len(comfyui.submitted) == 1
+
+
+def test_pictures_lost_again_and_again_are_a_warning(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "Feed", Refused)
+    workflow = save_workflow()
+    workflow["2"] = {"class_type": "SaveImageWebsocket", "inputs": {"images": ["1", 0]}}
+    (warning,) = run(comfyui, workflow).warnings
+    assert "may be missing" in warning
+
+
+# --- messages, whatever they are ---
+
+any_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+fields = st.sampled_from(["node", "nodes", "value", "max", "output", "prompt_id"])
+messages = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(["executing", "execution_cached", "progress", "executed", "status"]) | any_json,
+        "data": st.dictionaries(fields, any_json, max_size=4) | any_json,
+    },
+)
+
+
+@given(sent=st.lists(messages | st.binary(max_size=20), max_size=6))
+@settings(max_examples=300, deadline=None)
+def test_no_message_can_break_the_follower(sent: list[dict[str, Any] | bytes]) -> None:
+    """Every message goes through what `_follow` does with it; a progress that comes of it can be posted as JSON."""
+    seen: list[Progress] = []
+    run = PromptRun(
+        ComfyUI(1, ComfyUIProcess(Path("/nowhere"))),
+        save_workflow(),
+        control=JobControl(timeout_s=20),
+        on_progress=seen.append,
+        interrupt_grace_s=5,
+        api_key=None,
+    )
+    for message in sent:
+        if isinstance(message, bytes):
+            run._take_binary(message)
+            continue
+        if isinstance(message.get("data"), dict):
+            message["data"]["prompt_id"] = run._outcome.prompt_id
+        if run._is_ours(message):
+            run._is_last(message)
+    json.dumps(seen, allow_nan=False)
+    assert all(0 <= progress["percent"] <= 99 for progress in seen)
+
+
+@given(content=st.binary(max_size=80) | st.sampled_from([b"[" * 100_000, b'{"a":' * 100_000, b"1e999", b"NaN"]))
+@settings(max_examples=300, deadline=None)
+def test_any_text_frame_is_a_message_or_none(content: bytes) -> None:
+    assert isinstance(_parse_message(content), dict)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from worker.errors import MediaInvalid
-from worker.media import MAX_PIXELS, check_image
+from worker.media import MAX_PIXELS, check_image, is_cut_short
 
 
 def noise(width: int = 61, height: int = 47, mode: str = "RGB") -> Image.Image:
@@ -137,3 +137,39 @@ def test_a_format_that_nobody_needs_is_not_even_opened(form: str) -> None:
 def test_an_empty_file_is_called_empty() -> None:
     with pytest.raises(MediaInvalid, match="is empty"):
         check_image("a.png", b"")
+
+
+# --- what ComfyUI wrote ---
+
+
+def box(kind: bytes, body: bytes, *, wide: bool = False) -> bytes:
+    """A box of an MP4 file; ``wide``: with a 64-bit size."""
+    if wide:
+        return struct.pack(">I4sQ", 1, kind, len(body) + 16) + body
+    return struct.pack(">I4s", len(body) + 8, kind) + body
+
+
+MP4 = box(b"ftyp", b"isom") + box(b"mdat", bytes(500), wide=True) + box(b"moov", bytes(40))
+FRAGMENTED_MP4 = box(b"ftyp", b"iso5") + box(b"moof", bytes(20)) + struct.pack(">I4s", 0, b"mdat") + bytes(99)
+STRUCTURED = {
+    form: data for form, data in WHOLE.items() if form not in ("bmp", "tiff", "tga", "ico", "jpeg 2000", "mpo")
+} | {"mp4": MP4}
+
+
+@pytest.mark.parametrize("form", [*WHOLE, "mp4", "fragmented mp4", "text"])
+def test_a_whole_output_is_not_cut_short(form: str) -> None:
+    others = {"mp4": MP4, "fragmented mp4": FRAGMENTED_MP4, "text": b"a caption"}
+    assert not is_cut_short({**WHOLE, **others}[form])
+
+
+@pytest.mark.parametrize("form", STRUCTURED)
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_an_output_that_lost_its_end_is_cut_short(form: str, data: st.DataObject) -> None:
+    whole = STRUCTURED[form]
+    kept = data.draw(st.integers(min_value=12, max_value=len(whole) - 2))
+    assert is_cut_short(whole[:kept])
+
+
+def test_an_empty_output_is_cut_short() -> None:
+    assert is_cut_short(b"")

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from worker.errors import NoOutput, OutputMissing, ResultTooLarge
+from tests.unit.test_media import encoded
+from worker.errors import NoOutput, OutputDamaged, OutputMissing, ResultTooLarge
 from worker.follow import RunOutcome
 from worker.outputs import collect_outputs, result_limit_bytes
 from worker.ramdisk import RamDisk
@@ -93,7 +95,7 @@ def test_a_loaders_own_input_is_no_output(ramdisk: RamDisk) -> None:
 
 
 def test_pictures_that_came_by_websocket_are_items_too(ramdisk: RamDisk) -> None:
-    png, jpeg = b"\x89PNG\r\n\x1a\n...", b"\xff\xd8..."
+    png, jpeg = (encoded(Image.new("RGB", (4, 4)), form) for form in ("PNG", "JPEG"))
     lists = collect(ramdisk, {}, socket_images=[("7", png), ("7", jpeg)])
     assert [(item["filename"], item["media_type"], item["node_id"]) for item in lists["images"]] == [
         ("websocket_00001_.png", "image/png", "7"),
@@ -107,12 +109,17 @@ def test_nothing_at_all_is_a_failure(ramdisk: RamDisk) -> None:
         collect(ramdisk, {})
 
 
-@pytest.mark.parametrize("content", [b"", None])
-def test_an_empty_or_missing_file_is_a_failure(ramdisk: RamDisk, content: bytes | None) -> None:
+def test_a_missing_file_is_a_failure(ramdisk: RamDisk) -> None:
     entry = {"filename": "a.png", "subfolder": "", "type": "output"}
-    if content is not None:
-        put(ramdisk, "a.png", content)
     with pytest.raises(OutputMissing):
+        collect(ramdisk, {"1": {"images": [entry]}})
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_file_that_is_empty_or_cut_short_is_a_failure(ramdisk: RamDisk, share: float) -> None:
+    whole = encoded(Image.effect_noise((40, 40), 60), "PNG")
+    entry = put(ramdisk, "a.png", whole[: int(share * len(whole))])
+    with pytest.raises(OutputDamaged, match="only in part"):
         collect(ramdisk, {"1": {"images": [entry]}})
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -193,3 +194,82 @@ def test_the_log_is_overwritten_before_it_is_cut(
 def test_scrubbing_a_log_that_is_not_there_is_no_error(comfyui: ComfyUIProcess, tmp_path: Path) -> None:
     comfyui.scrub_log()
     assert list(tmp_path.iterdir()) == []
+
+
+# --- how it ended ---
+
+
+@pytest.mark.parametrize(
+    ("noted", "code", "said"),
+    [
+        ("1 137", 137, "exit code 137, SIGKILL."),
+        ("1 139", 139, "exit code 139, SIGSEGV."),
+        ("1 70", 70, "exit code 70."),
+        ("1 0", 0, "exit code 0."),
+        ("1 255", 255, "exit code 255."),
+        ("2 137", None, "not known"),
+        ("broken", None, "not known"),
+        (None, None, "not known"),
+    ],
+)
+def test_the_exit_code_is_that_of_the_start_which_ended(
+    comfyui: ComfyUIProcess, tmp_path: Path, noted: str | None, code: int | None, said: str
+) -> None:
+    if noted is not None:
+        (tmp_path / "ended").write_text(noted)
+    death = comfyui.death_of(ProcessState(5, 1))
+    assert (death.exit_code, death.out_of_memory) == (code, False)
+    assert said in death.sentence
+
+
+def test_an_exit_code_that_start_sh_notes_a_moment_later_is_waited_for(comfyui: ComfyUIProcess, tmp_path: Path) -> None:
+    noted = threading.Timer(0.1, (tmp_path / "ended").write_text, ("1 139",))
+    noted.start()
+    assert comfyui.death_of(ProcessState(5, 1)).exit_code == 139
+
+
+@pytest.mark.parametrize(
+    ("group", "counter", "words"),
+    [
+        ("0::/pod/a", "pod/a/memory.events", "low 0\noom 2\noom_kill {}\n"),
+        ("0::/seen/from/outside", "memory.events", "low 0\noom_kill {}\n"),
+        ("9:cpu:/x\n4:memory:/pod/b\n0::/", "memory/pod/b/memory.oom_control", "under_oom 0\noom_kill {}\n"),
+        ("4:cpu,memory:/seen/from/outside", "memory/memory.oom_control", "oom_kill {}\n"),
+    ],
+)
+@pytest.mark.parametrize("kills", [0, 1])
+def test_the_kernels_count_of_kills_tells_an_out_of_memory_death(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, counter: str, words: str, kills: int
+) -> None:
+    monkeypatch.setattr("worker.process.CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr("worker.process.PROC", tmp_path / "proc")
+    (tmp_path / "proc/5").mkdir(parents=True)
+    (tmp_path / "proc/5/cgroup").write_text(group + "\n")
+    path = tmp_path / "cgroup" / counter
+    path.parent.mkdir(parents=True)
+    path.write_text(words.format(7))
+    comfyui, state = ComfyUIProcess(tmp_path), ProcessState(5, 1)
+    comfyui.watch_memory(state)
+    path.write_text(words.format(7 + kills))
+    (tmp_path / "ended").write_text("1 137")
+    death = comfyui.death_of(state)
+    assert death.out_of_memory is (kills == 1)
+    assert ("memory was used up" in death.sentence) is (kills == 1)
+
+
+def test_without_a_count_nothing_is_claimed(comfyui: ComfyUIProcess, tmp_path: Path) -> None:
+    comfyui.watch_memory(ProcessState(2**22 + 1, 1))  # above the kernel's highest pid
+    (tmp_path / "ended").write_text("1 137")
+    assert not comfyui.death_of(ProcessState(2**22 + 1, 1)).out_of_memory
+
+
+def test_processor_time_is_that_of_the_process(comfyui: ComfyUIProcess, tmp_path: Path, start: Start) -> None:
+    idle = record(tmp_path, start().pid)
+    assert comfyui.cpu_s(idle) < 0.5
+    own = ProcessState(os.getpid(), 1)
+    before = comfyui.cpu_s(own)
+    while comfyui.cpu_s(own) - before < 0.05:
+        sum(range(100_000))
+    times = os.times()
+    assert comfyui.cpu_s(own) == pytest.approx(times.user + times.system, abs=0.1)
+    assert comfyui.cpu_s(ProcessState(2**22 + 1, 1)) == 0.0

@@ -1,0 +1,55 @@
+"""`run/models.json` on the RAM disk: what became of each entry of MODELS; by `utils.py`, for the handler."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """One entry of MODELS after the last run of `utils.py`."""
+
+    name: str
+    """the file's name below its folder, as ComfyUI lists it"""
+    entry: str
+    """`org/name[@revision]:filename`"""
+    path: str
+    source: str | None
+    """where it came from (a value of `sources.Source`); None: it is not there"""
+    size_bytes: int | None
+    seconds: float
+    error: str | None
+    """why it is not there, as one sentence without its full stop; None also while it is still to be downloaded"""
+
+
+def write_manifest(path: Path, records: Sequence[ModelRecord]) -> None:
+    """Replace the manifest in one step. Raises OSError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps({"models": [asdict(record) for record in records]}, indent=1))
+    partial.replace(path)
+
+
+def read_manifest(path: Path) -> list[ModelRecord]:
+    """The records; none where there is no manifest, or no readable one."""
+    try:
+        return [ModelRecord(**record) for record in json.loads(path.read_text())["models"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def sentence_about(name: str, records: Sequence[ModelRecord]) -> str | None:
+    """What MODELS has to do with a file that ComfyUI does not list; None: it is not named there."""
+    wanted = name.rpartition("/")[2].casefold()
+    for record in records:
+        if record.name.casefold() != wanted:
+            continue
+        if record.error is not None:
+            return f"MODELS names {record.name}, but it is missing: {record.error.rstrip('.')}."
+        if record.source is None:
+            return f"MODELS names {record.name}, and it is still being downloaded; send the job again later."
+        return f"MODELS has put {record.name} at {record.path}, where this node does not look."
+    return None
