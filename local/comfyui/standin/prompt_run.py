@@ -104,16 +104,17 @@ class PromptRun:
         self._progress.finish(node_id)
 
     def _gather(self, node_id: str) -> dict[str, Any]:
-        """The values for a node: known inputs only (a nonce under an unknown name never arrives), and hidden ones."""
+        """The values for a node: known inputs (few classes get a nonce under an unknown name), and hidden ones."""
         node = self._workflow[node_id]
-        declared = NODE_CLASSES[node["class_type"]].inputs(self._folders)
+        node_class = NODE_CLASSES[node["class_type"]]
+        declared = node_class.inputs(self._folders)
         known = {**declared.get("required", {}), **declared.get("optional", {})}
         values = {}
         for name, value in node["inputs"].items():
             if is_link(value):
                 source = self._cache.get(value[0])
                 values[name] = source.outputs[value[1]] if source else None
-            elif name in known:
+            elif name in known or node_class.takes_any_input:
                 values[name] = value
         extra = self._extra_data if isinstance(self._extra_data, dict) else {}
         pnginfo = extra.get("extra_pnginfo")
