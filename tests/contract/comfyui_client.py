@@ -60,10 +60,15 @@ class Listener:
 
     def next(self) -> Message:
         """The next message; a binary one as {"event", "image_format" or "metadata"}."""
-        data = self._socket.recv()
+        data = self.raw()
         message = json.loads(data) if isinstance(data, str) else _binary(data)
         self.messages.append(message)
         return message
+
+    def raw(self) -> str | bytes:
+        """The next message as it comes; garbage can be read only so."""
+        data: str | bytes = self._socket.recv()
+        return data
 
     def read_until(self, wanted: Any) -> Message:
         """Read on to the first message for which `wanted(message)` holds."""
@@ -161,7 +166,8 @@ class ComfyUI:
             time.sleep(0.01)
 
     def forget_everything(self) -> None:
-        """Empty queue, cache, history and folders. Another workflow empties the cache: it keeps but the newest."""
+        """Disarm faults; empty queue, cache, history and folders. Another workflow empties the cache: it keeps one."""
+        self.delete("/_fault")
         self.post("/queue", {"clear": True})
         self.wait_idle()
         self.run(empty_and_preview(color=uuid.uuid4().int % 0xFFFFFF))
