@@ -21,6 +21,7 @@ import requests
 import websocket
 
 STANDIN = Path(__file__).resolve().parents[2] / "local" / "comfyui"
+FAULT_PACKAGE = Path(__file__).resolve().parents[1] / "comfyui_faults"
 CAPTURES = Path(__file__).resolve().parent / "captures"
 REPLY_TIMEOUT_S = 20.0
 BOOT_TIMEOUT_S = 120.0
@@ -237,7 +238,25 @@ def command(root: Path, port: int, *flags: str) -> list[str]:
     folders = ("--input-directory", root / "input", "--output-directory", root / "output")
     others = ("--temp-directory", root, "--user-directory", root / "user", "--database-url", "sqlite:///:memory:")
     listen = ("--listen", "127.0.0.1", "--port", port, "--cpu", "--disable-api-nodes", "--disable-auto-launch")
-    return [str(part) for part in (python, "main.py", *listen, *folders, *others, *flags)]
+    return [str(part) for part in (python, "main.py", *listen, *folders, *others, *fault_arguments(root), *flags)]
+
+
+def fault_arguments(folder: Path) -> list[str]:
+    """More arguments for real ComfyUI: they load tests/comfyui_faults, without touching the checkout.
+
+    `folder` gets a file and a folder for it. The stand-in has its faults built in, and needs no arguments.
+    """
+    if "COMFYUI_DIR" not in os.environ:
+        return []
+    # ComfyUI loads everything that lies beside a package, so the package is linked into a folder of its own.
+    parent = folder / "fault_nodes"
+    parent.mkdir(exist_ok=True)
+    link = parent / FAULT_PACKAGE.name
+    if not link.is_symlink():
+        link.symlink_to(FAULT_PACKAGE, target_is_directory=True)
+    config = folder / "fault_nodes.yaml"
+    config.write_text(json.dumps({"faults": {"base_path": str(folder), "custom_nodes": parent.name}}))  # YAML, too
+    return ["--extra-model-paths-config", str(config)]
 
 
 def directory() -> Path:
