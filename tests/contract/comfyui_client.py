@@ -21,6 +21,7 @@ import requests
 import websocket
 
 STANDIN = Path(__file__).resolve().parents[2] / "local" / "comfyui"
+FAULT_PACKAGE = Path(__file__).resolve().parents[1] / "comfyui_faults"
 CAPTURES = Path(__file__).resolve().parent / "captures"
 REPLY_TIMEOUT_S = 20.0
 BOOT_TIMEOUT_S = 120.0
@@ -60,10 +61,15 @@ class Listener:
 
     def next(self) -> Message:
         """The next message; a binary one as {"event", "image_format" or "metadata"}."""
-        data = self._socket.recv()
+        data = self.raw()
         message = json.loads(data) if isinstance(data, str) else _binary(data)
         self.messages.append(message)
         return message
+
+    def raw(self) -> str | bytes:
+        """The next message as it comes; garbage can be read only so."""
+        data: str | bytes = self._socket.recv()
+        return data
 
     def read_until(self, wanted: Any) -> Message:
         """Read on to the first message for which `wanted(message)` holds."""
@@ -161,7 +167,8 @@ class ComfyUI:
             time.sleep(0.01)
 
     def forget_everything(self) -> None:
-        """Empty queue, cache, history and folders. Another workflow empties the cache: it keeps but the newest."""
+        """Disarm faults; empty queue, cache, history and folders. Another workflow empties the cache: it keeps one."""
+        self.delete("/_fault")
         self.post("/queue", {"clear": True})
         self.wait_idle()
         self.run(empty_and_preview(color=uuid.uuid4().int % 0xFFFFFF))
@@ -231,7 +238,25 @@ def command(root: Path, port: int, *flags: str) -> list[str]:
     folders = ("--input-directory", root / "input", "--output-directory", root / "output")
     others = ("--temp-directory", root, "--user-directory", root / "user", "--database-url", "sqlite:///:memory:")
     listen = ("--listen", "127.0.0.1", "--port", port, "--cpu", "--disable-api-nodes", "--disable-auto-launch")
-    return [str(part) for part in (python, "main.py", *listen, *folders, *others, *flags)]
+    return [str(part) for part in (python, "main.py", *listen, *folders, *others, *fault_arguments(root), *flags)]
+
+
+def fault_arguments(folder: Path) -> list[str]:
+    """More arguments for real ComfyUI: they load tests/comfyui_faults, without touching the checkout.
+
+    `folder` gets a file and a folder for it. The stand-in has its faults built in, and needs no arguments.
+    """
+    if "COMFYUI_DIR" not in os.environ:
+        return []
+    # ComfyUI loads everything that lies beside a package, so the package is linked into a folder of its own.
+    parent = folder / "fault_nodes"
+    parent.mkdir(exist_ok=True)
+    link = parent / FAULT_PACKAGE.name
+    if not link.is_symlink():
+        link.symlink_to(FAULT_PACKAGE, target_is_directory=True)
+    config = folder / "fault_nodes.yaml"
+    config.write_text(json.dumps({"faults": {"base_path": str(folder), "custom_nodes": parent.name}}))  # YAML, too
+    return ["--extra-model-paths-config", str(config)]
 
 
 def directory() -> Path:

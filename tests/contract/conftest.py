@@ -33,6 +33,6 @@ def fresh(comfyui: ComfyUI) -> ComfyUI:
 
 @pytest.fixture
 def standin_only() -> None:
-    """For what only the stand-in has: its sleeping node, its description of itself."""
+    """For what only the stand-in has: its own models, its description of itself."""
     if is_real():
         pytest.skip("about the stand-in only; COMFYUI_DIR names a real checkout")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from comfyui_client import ComfyUI, Listener, capture, empty, post, quick, save, start_slow
+from comfyui_client import ComfyUI, Listener, capture, post, quick, start_slow
 
 
 def test_an_interrupt_for_another_prompt_changes_nothing(fresh: ComfyUI) -> None:
@@ -129,14 +129,3 @@ def test_only_the_client_of_a_prompt_hears_about_its_nodes(fresh: ComfyUI) -> No
         heard = [message["type"] for message in witness.close_and_drain()]
     assert {"execution_start", "executing", "executed", "execution_success"} <= set(run.types)
     assert set(heard) == {"status"}
-
-
-def test_steps_of_a_slow_node_are_reported_and_interrupts_act_between_them(fresh: ComfyUI, standin_only: None) -> None:
-    sleep = {"class_type": "StandinSleep", "inputs": {"image": ["1", 0], "seconds": 600.0, "steps": 6000}}
-    with fresh.listen("me") as listener:
-        prompt_id = post(fresh, {"1": empty(), "2": sleep, "3": save("2")}, "me")
-        step = listener.read_until(lambda message: message.get("type") == "progress")
-        fresh.post("/interrupt", {"prompt_id": prompt_id})
-        listener.read_to_end(prompt_id)
-    assert step["data"] == {"value": 1, "max": 6000, "prompt_id": prompt_id, "node": "2"}
-    assert fresh.history(prompt_id)["status"]["messages"][-1][1]["node_id"] == "2"

@@ -43,7 +43,9 @@ def main(argv: list[str]) -> int:
     shutil.rmtree(folders.temp, ignore_errors=True)
     try:
         folders.temp.mkdir(parents=True)
-        asyncio.run(_serve(options, folders))
+        faults = Faults(options.user_directory, dict(os.environ))
+        faults.at_boot()
+        asyncio.run(_serve(options, folders, faults))
     except KeyboardInterrupt:
         log.info("Stopped server")
     except OSError as failure:
@@ -54,10 +56,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-async def _serve(options: argparse.Namespace, folders: Folders) -> None:
+async def _serve(options: argparse.Namespace, folders: Folders, faults: Faults) -> None:
     version = VERSIONS[options.like]
-    faults = Faults(options.user_directory, dict(os.environ))
-    faults.at_boot()
     sessions = Sessions(asyncio.get_running_loop(), _features(version, options.max_upload_size), faults)
     preview = options.preview_method != "none"
     executor = Executor(sessions, folders, version, faults, metadata=not options.disable_metadata, preview=preview)
@@ -68,8 +68,13 @@ async def _serve(options: argparse.Namespace, folders: Folders) -> None:
     for address in options.listen.split(","):
         await web.TCPSite(runner, address, options.port).start()
         log.info("To see the GUI go to: http://%s:%s", address, options.port)
-    threading.Thread(target=executor.work_forever, args=(queue, _history_delay_s()), daemon=True).start()
+    threading.Thread(target=prompt_worker, args=(executor, queue), daemon=True).start()
     await sessions.deliver_forever()
+
+
+def prompt_worker(executor: Executor, queue: PromptQueue) -> None:
+    """The worker thread. Python names it after this function, `Thread-1 (prompt_worker)`: as in ComfyUI (main.py)."""
+    executor.work_forever(queue, _history_delay_s())
 
 
 def _features(version: Version, max_upload_size_mib: float) -> dict[str, Any]:

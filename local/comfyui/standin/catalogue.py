@@ -23,7 +23,7 @@ from .sampler_nodes import (
     StandinCheckpoint,
     VAEDecode,
 )
-from .save_nodes import PreviewImage, SaveImage, SaveImageWebsocket
+from .save_nodes import PreviewImage, SaveImage, SaveImageWebsocket, StandinStrict, StandinTee
 from .text_nodes import (
     PreviewAny,
     PrimitiveBoolean,
@@ -73,5 +73,7 @@ NODE_CLASSES: dict[str, type[Node]] = {
         VAEDecode,
         StandinCheckpoint,
         StandinSleep,
+        StandinStrict,
+        StandinTee,
     )
 }

@@ -49,9 +49,8 @@ class Executor:
                 outcome = self._run(item)
                 late = self._faults.strikes("history_late")
                 time.sleep(late.seconds if late else history_delay_s)
-                queue.finish(item[1], outcome)
-                if self._faults.strikes("history_missing"):
-                    queue.delete_history(item[1])
+                self._faults.at_prompt_end()
+                queue.finish(item[1], outcome, remembered=not self._faults.strikes("history_missing"))
                 if self._sessions.client_id is not None:
                     ended = {"node": None, "prompt_id": item[1]}
                     self._sessions.publish("executing", ended, self._sessions.client_id)

@@ -55,6 +55,8 @@ class Node(ABC):
     output_node: ClassVar[bool] = False
     deprecated: ClassVar[bool] = False
     experimental: ClassVar[bool] = False
+    # Whether inputs of any name arrive, as in nodes whose dict of optional inputs says that it contains every name.
+    takes_any_input: ClassVar[bool] = False
     # Whether ComfyUI defines it with the newer node interface, whose descriptions have more keys.
     v3: ClassVar[bool] = False
     # Inputs that `validate` looks at itself; ComfyUI then leaves out its own check of range and choices.

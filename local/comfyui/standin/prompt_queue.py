@@ -61,22 +61,14 @@ class PromptQueue:
             self._changed(self.remaining())
             return item
 
-    def finish(self, prompt_id: str, outcome: Outcome) -> None:
-        """Move a running prompt into the history, without its secrets."""
+    def finish(self, prompt_id: str, outcome: Outcome, *, remembered: bool = True) -> None:
+        """Move a running prompt into the history, without its secrets; not `remembered`: it just ends."""
         with self._mutex:
             item = self._running.pop(prompt_id)
             if len(self._history) > MAX_HISTORY:
                 self._history.pop(next(iter(self._history)))
-            self._history[prompt_id] = {
-                "prompt": public(item),
-                "outputs": outcome.outputs,
-                "status": {
-                    "status_str": "success" if outcome.success else "error",
-                    "completed": outcome.success,
-                    "messages": outcome.messages,
-                },
-                "meta": outcome.meta,
-            }
+            if remembered:
+                self._history[prompt_id] = _entry(item, outcome)
             self._changed(self.remaining())
 
     def current(self) -> tuple[list[Item], list[Item]]:
@@ -138,6 +130,12 @@ class PromptQueue:
         with self._mutex:
             flags, self._flags = self._flags, {}
             return flags
+
+
+def _entry(item: Item, outcome: Outcome) -> dict[str, Any]:
+    status_str = "success" if outcome.success else "error"
+    status = {"status_str": status_str, "completed": outcome.success, "messages": outcome.messages}
+    return {"prompt": public(item), "outputs": outcome.outputs, "status": status, "meta": outcome.meta}
 
 
 def public(item: Item) -> list[Any]:

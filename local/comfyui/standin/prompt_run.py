@@ -11,7 +11,7 @@ from typing import Any
 
 from .cache import Cached, ResultCache
 from .catalogue import NODE_CLASSES
-from .faults import Faults, OutOfMemoryError, die
+from .faults import Faults
 from .folders import Folders
 from .node import Context, InterruptedPromptError, type_name
 from .plan import Plan
@@ -104,16 +104,17 @@ class PromptRun:
         self._progress.finish(node_id)
 
     def _gather(self, node_id: str) -> dict[str, Any]:
-        """The values for a node: known inputs only (a nonce under an unknown name never arrives), and hidden ones."""
+        """The values for a node: known inputs (few classes get a nonce under an unknown name), and hidden ones."""
         node = self._workflow[node_id]
-        declared = NODE_CLASSES[node["class_type"]].inputs(self._folders)
+        node_class = NODE_CLASSES[node["class_type"]]
+        declared = node_class.inputs(self._folders)
         known = {**declared.get("required", {}), **declared.get("optional", {})}
         values = {}
         for name, value in node["inputs"].items():
             if is_link(value):
                 source = self._cache.get(value[0])
                 values[name] = source.outputs[value[1]] if source else None
-            elif name in known:
+            elif name in known or node_class.takes_any_input:
                 values[name] = value
         extra = self._extra_data if isinstance(self._extra_data, dict) else {}
         pnginfo = extra.get("extra_pnginfo")
@@ -128,40 +129,24 @@ class PromptRun:
         self._tell("executing", node=node_id, display_node=node_id)
         node = self._cache.node_object(node_id, self._workflow[node_id]["class_type"])
         self._check_interrupt()
-        self._strike(node_id)
+        self._faults.at_node(self._sessions.stall, partial(self._flood, node_id))
         step, say = partial(self._progress.step, node_id), partial(self._say, node_id)
         result = node.run(Context(self._folders, self._metadata, self._preview, step, say), **inputs)
-        self._spoil(result.ui)
+        listed = self._faults.at_saved_files(result.ui, self._folders.of_type)
         ui = None
         if result.ui:
             meta = {"node_id": node_id, "display_node": node_id, "parent_node": None, "real_node_id": node_id}
             ui = {"meta": meta, "output": result.ui}
-            self._keep(node_id, ui)
+            self._keep(node_id, {"meta": meta, "output": listed})
             self._tell("executed", node=node_id, display_node=node_id, output=result.ui)
         self._cache.put(node_id, Cached(result.outputs, ui))
 
     def _say(self, node_id: str, text: str) -> None:
         self._sessions.publish(TEXT, text_frame(node_id, text))  # to every client (0.18.1, send_progress_text)
 
-    def _strike(self, node_id: str) -> None:
-        """The faults that begin with a node."""
-        if self._faults.strikes("crash"):
-            die()
-        if hang := self._faults.strikes("hang"):
-            time.sleep(hang.seconds)
-        if flood := self._faults.strikes("flood"):
-            for _ in range(flood.count):
-                self._progress.start(node_id)
-        if self._faults.strikes("out_of_memory"):
-            raise OutOfMemoryError("Allocation on device 0 would exceed allowed memory. (out of memory)")
-        if self._faults.strikes("dead_worker"):
-            raise SystemExit
-
-    def _spoil(self, ui: dict[str, list[Any]]) -> None:
-        for items in ui.values():
-            for item in items:
-                if isinstance(item, dict) and (folder := self._folders.of_type(item["type"])):
-                    self._faults.at_saved_file(folder / item["subfolder"] / item["filename"])
+    def _flood(self, node_id: str, count: int) -> None:
+        for _ in range(count):
+            self._progress.start(node_id)
 
     def _keep(self, node_id: str, ui: dict[str, Any]) -> None:
         self.outcome.outputs[node_id] = ui["output"]

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from PIL import Image
 from . import jobs
 from .catalogue import NODE_CLASSES
 from .executor import Executor
+from .fault_routes import PATH, FaultRoutes, Handler
 from .faults import Faults
 from .folders import Folders
 from .node import describe
@@ -31,8 +32,6 @@ from .validation import validate
 from .versions import Version
 
 log = logging.getLogger(__name__)
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _SECRETS = ("auth_token_comfy_org", "api_key_comfy_org")
 
@@ -54,16 +53,16 @@ class Routes:
         self._executor = executor
         self._folders = folders
         self._version = version
-        self._faults = faults
+        self._fault_routes = FaultRoutes(faults)
         self._number = 0
 
     def application(self, options: argparse.Namespace) -> web.Application:
         """The aiohttp application with all routes."""
         limit_bytes = round(options.max_upload_size * 1024 * 1024)
-        app = web.Application(client_max_size=limit_bytes, middlewares=[self._fail_on_request])
-        app.router.add_get("/_fault", self.get_fault)
-        app.router.add_post("/_fault", self.post_fault)
-        app.router.add_delete("/_fault", self.delete_fault)
+        app = web.Application(client_max_size=limit_bytes, middlewares=[self._answer])
+        app.router.add_get(PATH, self._fault_routes.get)
+        app.router.add_post(PATH, self._fault_routes.post)
+        app.router.add_delete(PATH, self._fault_routes.delete)
         if self._version.has_jobs:
             app.router.add_get("/api/jobs", self.get_jobs)
             app.router.add_get("/api/jobs/{job_id}", self.get_job)
@@ -192,26 +191,10 @@ class Routes:
     async def post_upload(self, request: web.Request) -> web.Response:
         return await upload(request, self._folders)
 
-    async def get_fault(self, _request: web.Request) -> web.Response:
-        return web.json_response(self._faults.listing())
-
-    async def post_fault(self, request: web.Request) -> web.Response:
-        try:
-            self._faults.arm(await request.json())
-        except (TypeError, ValueError) as refusal:
-            return web.json_response({"error": str(refusal)}, status=400)
-        return web.json_response(self._faults.listing())
-
-    async def delete_fault(self, _request: web.Request) -> web.Response:
-        self._faults.clear()
-        return web.Response()
-
     @web.middleware
-    async def _fail_on_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self._faults.strikes("http_500", request.path.removeprefix("/api")):
-            raise RuntimeError("a fault was asked for")
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            return await handler(request)
+            return await self._fault_routes.answer(request, handler)
         except web.HTTPNotFound:
             # ComfyUI looks for the web interface's files last, and answers without a text.
             return web.Response(status=404, headers={"Content-Type": "application/octet-stream"})

@@ -7,6 +7,7 @@ import random
 import string
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,37 @@ class SaveImageWebsocket(Node):
         for number, frame in enumerate(images.frames):
             context.progress(number, len(images.frames), ("PNG", frame.to_pixels()))
         return Result()
+
+
+class StandinStrict(Node):
+    """Not in ComfyUI: saves as SaveImage does. Inputs of any name are valid and arrive, and `run` refuses them."""
+
+    display_name = "Strict (stand-in only)"
+    module = "standin"
+    output_node = True
+    takes_any_input = True
+
+    @classmethod
+    def inputs(cls, folders: Folders) -> Inputs:
+        return {**SaveImage.inputs(folders), "optional": {}}
+
+    # The narrow signature is what this node is for: Python's own TypeError is what a workflow with more inputs gets.
+    def run(  # type: ignore[override]
+        self, context: Context, *, images: Batch, filename_prefix: str, prompt: Any, extra_pnginfo: Any
+    ) -> Result:
+        hidden = {"prompt": prompt, "extra_pnginfo": extra_pnginfo}
+        return SaveImage().run(context, images=images, filename_prefix=filename_prefix, **hidden)
+
+
+class StandinTee(SaveImage):
+    """Not in ComfyUI: saves as SaveImage does, and passes the images on: an output node that others link from."""
+
+    display_name = "Tee (stand-in only)"
+    module = "standin"
+    returns = ("IMAGE",)
+
+    def run(self, context: Context, **inputs: Any) -> Result:
+        return replace(super().run(context, **inputs), outputs=(inputs["images"],))
 
 
 def _png_metadata(inputs: Mapping[str, Any]) -> PngInfo:

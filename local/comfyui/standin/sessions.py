@@ -6,11 +6,13 @@ import asyncio
 import json
 import logging
 import struct
+import time
 import uuid
 from typing import Any
 
 from aiohttp import WSMsgType, web
 
+from .fault_sockets import before_message
 from .faults import Faults
 
 log = logging.getLogger(__name__)
@@ -18,6 +20,7 @@ log = logging.getLogger(__name__)
 PREVIEW_IMAGE = 1
 TEXT = 3
 PREVIEW_IMAGE_WITH_METADATA = 4
+_STALL = "stall"  # not a message: the loop stands still for so many seconds
 
 
 class Sessions:
@@ -37,7 +40,7 @@ class Sessions:
         self._messages: asyncio.Queue[tuple[str | int, Any, str | None]] = asyncio.Queue()
         self._sockets: dict[str, web.WebSocketResponse] = {}
         self._flags: dict[str, dict[str, Any]] = {}
-        self._transports: dict[str, asyncio.Transport | None] = {}
+        self._prompt_id = ""  # that of the newest message that has one
 
     def publish(self, event: str | int, data: Any, sid: str | None = None) -> None:
         """Send to one session, or to all with sid None; from any thread, in the order of the calls.
@@ -46,6 +49,10 @@ class Sessions:
         """
         self._loop.call_soon_threadsafe(self._messages.put_nowait, (event, data, sid))
 
+    def stall(self, seconds: float) -> None:
+        """Once all is sent that was published before, stop the event loop for a while."""
+        self.publish(_STALL, seconds)
+
     def supports(self, sid: str | None, feature: str) -> bool:
         """Whether the client of this session said that it understands a feature."""
         return sid is not None and self._flags.get(sid, {}).get(feature) is True
@@ -53,7 +60,11 @@ class Sessions:
     async def deliver_forever(self) -> None:
         """Carry published messages to the sockets, one after the other."""
         while True:
-            await self._send(*await self._messages.get())
+            event, data, sid = await self._messages.get()
+            if event == _STALL:
+                time.sleep(data)
+            else:
+                await self._send(event, data, sid)
 
     async def serve(self, request: web.Request, remaining: int) -> web.WebSocketResponse:
         """GET /ws: one session, until its client goes. The first message tells how many prompts are `remaining`."""
@@ -63,7 +74,6 @@ class Sessions:
         # A second socket of a client takes the place of the first, and the end of either removes the entry: the other
         # one is then silent. ComfyUI does the same.
         self._sockets[sid], self._flags[sid] = socket, {}
-        self._transports[sid] = request.transport
         try:
             await self._send("status", {"status": queue_info(remaining), "sid": sid}, sid)
             if self.client_id == sid and self.last_node_id is not None:
@@ -72,7 +82,6 @@ class Sessions:
         finally:
             self._sockets.pop(sid, None)
             self._flags.pop(sid, None)
-            self._transports.pop(sid, None)
         return socket
 
     async def _listen(self, socket: web.WebSocketResponse, sid: str) -> None:
@@ -91,12 +100,11 @@ class Sessions:
             first = False
 
     async def _send(self, event: str | int, data: Any, sid: str | None) -> None:
+        if isinstance(data, dict):
+            self._prompt_id = data.get("prompt_id", self._prompt_id)
         for name in list(self._sockets) if sid is None else [sid]:
             socket = self._sockets.get(name)
-            if socket is None or self._faults.strikes("ws_silent"):
-                continue
-            if self._faults.strikes("ws_cut"):
-                self._cut(name)
+            if socket is None or not await before_message(self._faults, socket, str(event), self._prompt_id):
                 continue
             try:
                 if isinstance(event, int):
@@ -105,11 +113,6 @@ class Sessions:
                     await socket.send_str(json.dumps({"type": event, "data": data}))
             except ConnectionError as failure:
                 log.warning("cannot send to a client: %s", failure)
-
-    def _cut(self, sid: str) -> None:
-        transport = self._transports.get(sid)
-        if transport is not None:
-            transport.abort()
 
 
 def text_frame(node_id: str, text: str) -> bytes:
