@@ -1,223 +1,18 @@
-"""The whole product as real processes: client.py, the RunPod stand-in, the SDK's loop, start.sh, ComfyUI's stand-in.
+"""Stacks that tests share: each is booted once for all the tests that leave it as they found it (stack.py boots)."""
 
-One stack is booted for all the tests that leave it as they found it; the others boot their own with `boot`. With
-COMFYUI_DIR and COMFYUI_PYTHON in the environment the same tests run against that checkout.
-"""
-
-import base64
-import contextlib
-import io
-import json
-import math
-import os
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from PIL import Image, ImageDraw
 
-from local.__main__ import ENDPOINT, Platform, Worker, running_platform, running_worker
+from tests.process.fault_rows import TABLE, Row, read_table
+from tests.process.stack import Driver, boot, wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 30.0
-BOOT_TIMEOUT_S = 90.0  # of real ComfyUI on a busy machine
-
-
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = DEADLINE_S) -> Any:
-    """The first true value of ``condition``; fails with ``what`` after ``timeout_s``."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.02)
-    pytest.fail(f"did not happen within {timeout_s:g} s: {what}")
-
-
-def processes_with(setting: str) -> list[int]:
-    """Every living process whose environment has ``setting``, written NAME=value."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            if setting.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-    return found
-
-
-class Api:
-    """The endpoint of a running platform, as a client asks it."""
-
-    def __init__(self, platform: Platform) -> None:
-        self.platform = platform
-
-    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        request = urllib.request.Request(
-            f"{self.platform.api_url}/{ENDPOINT}/{path}",
-            method=method,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Authorization": f"Bearer {self.platform.api_key}", "Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
-            return json.load(answer)
-
-    def start_job(self, job_input: Any, **more: Any) -> str:
-        """``more`` stands beside the input in the request: ``policy``."""
-        return str(self.call("POST", "run", {"input": job_input, **more})["id"])
-
-    def status(self, job_id: str) -> dict[str, Any]:
-        return dict(self.call("GET", f"status/{job_id}"))
-
-    def cancel(self, job_id: str) -> dict[str, Any]:
-        return dict(self.call("POST", f"cancel/{job_id}"))
-
-    def finish(self, job_id: str, timeout_s: float = DEADLINE_S) -> dict[str, Any]:
-        """The job's last status body."""
-
-        def final() -> dict[str, Any] | None:
-            body = self.status(job_id)
-            return body if body["status"] not in ("IN_QUEUE", "IN_PROGRESS") else None
-
-        return dict(wait_until(final, f"job {job_id} ends", timeout_s))
-
-    def run(self, job_input: Any) -> dict[str, Any]:
-        return self.finish(self.start_job(job_input))
-
-    def posted(self, job_id: str) -> list[dict[str, Any]]:
-        """What workers posted for a job, in the order of arrival; of a long result only its beginning, as {}."""
-        bodies = []
-        for text in self.call("GET", f"_posted/{job_id}"):
-            try:
-                bodies.append(json.loads(text))
-            except ValueError:
-                bodies.append({})
-        return bodies
-
-    def idle_workers(self) -> int:
-        return int(self.call("GET", "health")["workers"]["idle"])
-
-    def platform_fault(self, kind: str, **more: Any) -> None:
-        self.call("POST", "../../_fault", {"kind": kind, **more})
-
-    def platform_strikes(self, kind: str) -> int:
-        """How often a fault has struck."""
-        faults = self.call("GET", "../../_fault")["faults"]
-        return sum(int(fault["struck"]) for fault in faults if fault["kind"] == kind)
-
-
-class Driver(Api):
-    """A platform with one worker, and what a test asks of them."""
-
-    def __init__(self, platform: Platform, worker: Worker, log_path: Path) -> None:
-        super().__init__(platform)
-        self.worker = worker
-        self.log_path = log_path
-        self.ramdisk = Path(worker.settings["RAMDISK_DIR"])
-
-    # --- ComfyUI and the RAM disk ---
-
-    def comfyui(self, path: str) -> Any:
-        with urllib.request.urlopen(f"{self.worker.comfyui_url}{path}", timeout=DEADLINE_S) as answer:
-            return json.load(answer)
-
-    def post_comfyui(self, path: str, body: dict[str, Any]) -> None:
-        url = f"{self.worker.comfyui_url}{path}"
-        headers = {"Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)) as answer:
-            assert answer.status == 200
-
-    def comfyui_answers(self) -> bool:
-        with contextlib.suppress(OSError):
-            return bool(self.comfyui("/system_stats"))
-        return False
-
-    def comfyui_runs(self) -> bool:
-        return bool(self.comfyui("/queue")["queue_running"])
-
-    def comfyui_is_idle(self) -> bool:
-        queue = self.comfyui("/queue")
-        return not queue["queue_running"] and not queue["queue_pending"]
-
-    def job_files(self) -> list[Path]:
-        """Every file of a job on the RAM disk."""
-        folders = [self.ramdisk / name for name in ("input", "output", "temp")]
-        return sorted(path for folder in folders for path in folder.rglob("*") if not path.is_dir())
-
-    def own_pids(self) -> list[int]:
-        """Every living process that this stack's start.sh has started."""
-        return processes_with(f"RAMDISK_DIR={self.ramdisk}")
-
-    def pid_of(self, program: str) -> int:
-        """The process of this stack whose command line has ``program``; the oldest, where it has forked."""
-        for pid in sorted(self.own_pids()):
-            if program.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                return pid
-        pytest.fail(f"no process runs {program}")
-
-    def comfyui_pid(self) -> int:
-        return int((self.ramdisk / "run" / "comfyui").read_text().split()[0])
-
-    def log(self) -> str:
-        return self.log_path.read_text(errors="replace")
-
-    # --- client.py ---
-
-    def client_command(self, *arguments: str | Path) -> list[str]:
-        return [sys.executable, str(ROOT / "client.py"), "--url", self.platform.api_url, *map(str, arguments)]
-
-    def client_environ(self) -> dict[str, str]:
-        return {**os.environ, "RUNPOD_API_KEY": self.platform.api_key, "RUNPOD_ENDPOINT_ID": ENDPOINT}
-
-    def client(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.client_command(*arguments),
-            env=self.client_environ(),
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
-        )
-
-
-def own_environ(**settings: str) -> dict[str, str]:
-    """This process's environment without what would lead a worker elsewhere."""
-    own = ("RUNPOD_", "PYTHONDONTWRITEBYTECODE")  # the second would hide whether start.sh leaves a checkout alone
-    return {key: value for key, value in os.environ.items() if not key.startswith(own)} | settings
-
-
-@contextlib.contextmanager
-def boot_platform(log_path: Path, *options: str) -> Iterator[Platform]:
-    with log_path.open("w") as log_file, running_platform(own_environ(), *options, log_file=log_file) as platform:
-        yield platform
-
-
-@contextlib.contextmanager
-def start_worker(platform: Platform, log_path: Path, **settings: str) -> Iterator[Driver]:
-    """A worker that has just been started: nothing of it is up yet."""
-    with log_path.open("w") as log_file, running_worker(platform, own_environ(**settings), log_file) as worker:
-        yield Driver(platform, worker, log_path)
-
-
-@contextlib.contextmanager
-def boot_worker(platform: Platform, log_path: Path, **settings: str) -> Iterator[Driver]:
-    """A worker that asks for jobs."""
-    before = Api(platform).idle_workers()
-    with start_worker(platform, log_path, **settings) as driver:
-        wait_until(lambda: driver.idle_workers() > before, "the worker asks for jobs", BOOT_TIMEOUT_S)
-        yield driver
-
-
-@contextlib.contextmanager
-def boot(log_path: Path, **settings: str) -> Iterator[Driver]:
-    """A platform and a worker of its own that asks for jobs."""
-    with (
-        boot_platform(log_path.with_name("platform-log")) as platform,
-        boot_worker(platform, log_path, **settings) as driver,
-    ):
-        yield driver
+# A model that is named and missing (no network is asked), and little patience with a node that does not let go.
+FAULT_SETTINGS = {
+    "INTERRUPT_GRACE_S": "1",
+    "MODELS": "org/repo:absent.safetensors:checkpoints",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 @pytest.fixture(scope="session")
@@ -233,50 +28,26 @@ def driver(shared_driver: Driver) -> Iterator[Driver]:
     wait_until(shared_driver.comfyui_is_idle, "ComfyUI is idle after the test")
 
 
-# --- pictures and workflows ---
+@pytest.fixture(scope="session")
+def fault_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    with boot(tmp_path_factory.mktemp("faults") / "log", **FAULT_SETTINGS) as driver:
+        yield driver
 
 
-def picture_bytes(width: int = 64, height: int = 48, color: str = "orange") -> bytes:
-    """A small PNG that is not of one colour."""
-    image = Image.new("RGB", (width, height), color)
-    ImageDraw.Draw(image).ellipse((4, 4, width // 2, height // 2), fill="navy")
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
+@pytest.fixture
+def worker(fault_stack: Driver) -> Iterator[Driver]:
+    """The stack that is there to suffer; the faults of a test are disarmed after it."""
+    yield fault_stack
+    wait_until(fault_stack.comfyui_answers, "ComfyUI is up after the test")
+    fault_stack.disarm()
 
 
-def base64_of(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
-def image_of(item: dict[str, Any]) -> Image.Image:
-    """The picture in an item of a result."""
-    return Image.open(io.BytesIO(base64.b64decode(item["data"]))).convert("RGB")
-
-
-def invert_workflow(image: str = "a.png", prefix: str = "inverted") -> dict[str, Any]:
-    return {
-        "1": {"class_type": "LoadImage", "inputs": {"image": image}},
-        "2": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
-        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": prefix}},
-    }
-
-
-def invert_job(**extra: Any) -> dict[str, Any]:
-    return {"workflow": invert_workflow(), "images": {"a.png": base64_of(picture_bytes())}, **extra}
-
-
-def slow_workflow(seconds: float) -> dict[str, Any]:
-    """A run of about ``seconds`` that can be interrupted many times on the way."""
-    real_comfyui = "COMFYUI_DIR" in os.environ
-    side, count = (512, math.ceil(seconds / 0.4)) if real_comfyui else (16, 1)  # a blur of 512 x 512 took 0.4 s
-    workflow: dict[str, Any] = {
-        "0": {"class_type": "EmptyImage", "inputs": {"width": side, "height": side, "batch_size": 1, "color": 255}}
-    }
-    for step in range(1, count + 1):
-        before = [str(step - 1), 0]
-        blur = {"class_type": "ImageBlur", "inputs": {"image": before, "blur_radius": 31, "sigma": 10.0}}
-        sleep = {"class_type": "StandinSleep", "inputs": {"image": before, "seconds": seconds, "steps": 1000}}
-        workflow[str(step)] = blur if real_comfyui else sleep
-    workflow["save"] = {"class_type": "SaveImage", "inputs": {"images": [str(count), 0], "filename_prefix": "slow"}}
-    return workflow
+@pytest.fixture
+def row(request: pytest.FixtureRequest) -> Iterator[Row]:
+    """The row of FAULTS.md that a test is marked with."""
+    mark = request.node.get_closest_marker("fault")
+    found = Row(read_table(TABLE.read_text())[mark.args[0]])
+    failed_before = request.session.testsfailed
+    yield found
+    if request.session.testsfailed == failed_before:
+        found.check_complete()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import ROOT, processes_with, wait_until
+from tests.process.stack import ROOT, processes_with, wait_until
 
 JOB = ["--workflow", "workflows/one_image.json", "--img", "workflows/photos/coffee.jpg"]
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]

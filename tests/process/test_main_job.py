@@ -6,27 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageOps
 
-from tests.process.conftest import (
+from tests.process.stack import (
     ROOT,
     Driver,
     base64_of,
     image_of,
     invert_job,
     invert_workflow,
+    largest_difference,
     picture_bytes,
-    slow_workflow,
+    slow_job,
     wait_until,
 )
 
 PHOTOS = ROOT / "workflows" / "photos"
-
-
-def largest_difference(left: Image.Image, right: Image.Image) -> int:
-    """Per channel, 0 to 255."""
-    assert left.size == right.size
-    return max(high for _, high in ImageChops.difference(left, right).getextrema())
 
 
 def saved_pictures(directory: Path) -> list[Image.Image]:
@@ -174,8 +169,8 @@ def test_a_job_that_cannot_run_says_why_and_the_next_one_runs(
 
 
 def test_progress_arrives_while_the_job_runs_and_never_after(driver: Driver) -> None:
-    workflow = slow_workflow(3)
-    job_id = driver.start_job({"workflow": workflow})
+    slow = slow_job(3)
+    job_id = driver.start_job(slow)
 
     def progress() -> Any:
         body = driver.status(job_id)
@@ -183,7 +178,7 @@ def test_progress_arrives_while_the_job_runs_and_never_after(driver: Driver) -> 
 
     seen = wait_until(progress, "a progress update")
     assert seen["stage"] == "running"
-    assert seen["node_class"] == workflow[seen["node"]]["class_type"]
+    assert seen["node_class"] == slow["workflow"][seen["node"]]["class_type"]
     assert 0 < seen["percent"] < 100
     assert driver.finish(job_id)["output"]["status"] == "success"
     assert driver.status(job_id)["status"] == "COMPLETED"

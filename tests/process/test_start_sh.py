@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from local.__main__ import free_port
-from tests.process.conftest import ROOT, boot, invert_job, wait_until
+from tests.process.stack import ROOT, boot, invert_job, wait_until
 
 STANDIN = ROOT / "local" / "comfyui"
 

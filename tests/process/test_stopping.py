@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import DEADLINE_S, Driver, boot, invert_job, slow_workflow, wait_until
+from tests.process.stack import DEADLINE_S, Driver, boot, invert_job, slow_workflow, wait_until
 
 
 def start_long_job(driver: Driver) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import Driver, base64_of, invert_workflow, picture_bytes, wait_until
+from tests.process.stack import Driver, base64_of, invert_workflow, picture_bytes, wait_until
 
 SYSCALLS = "fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,sendto,sendmsg,write,openat"
 
