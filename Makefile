@@ -1,9 +1,10 @@
-# make demo | up | test | lint | mutants | lock | clean
+# make demo | up | test | faults | lint | mutants | lock | clean
 PYTHON ?= python3
 PY = .venv/bin/python
+PARALLEL = -n 6 --dist loadfile
 CLIENT = $(PY) client.py --url {url} --workflow workflows/one_image.json --img workflows/photos/coffee.jpg
 
-.PHONY: demo up test lint mutants lock clean
+.PHONY: demo up test faults lint mutants lock clean
 
 demo: .venv/.installed ## one photograph through the whole stack; the picture lands in output/
 	@$(PY) -m local -- $(CLIENT)
@@ -11,8 +12,13 @@ demo: .venv/.installed ## one photograph through the whole stack; the picture la
 up: .venv/.installed ## the stack, until Ctrl-C; PORT=8000 fixes the API's port
 	@$(PY) -m local --platform-port $(or $(PORT),0)
 
-test: .venv/.installed-dev
-	@$(PY) -m pytest
+test: .venv/.installed-dev ## most tests wait for processes: several files at once, the longest first
+	@$(PY) -m pytest $(PARALLEL) tests/process tests/contract tests/unit
+
+faults: .venv/.installed-dev ## the rows of tests/process/FAULTS.md, whose column of seconds they fill in
+	@rm -f .fault-seconds
+	@FAULT_SECONDS=.fault-seconds $(PY) -m pytest $(PARALLEL) -m fault tests/process
+	@$(PY) -m tests.process.fault_rows .fault-seconds
 
 lint: .venv/.installed-dev
 	@.venv/bin/ruff check .

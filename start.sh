@@ -190,31 +190,25 @@ start_comfyui() {
     ) >>"$log_file" 2>&1 &
     comfyui_pid=$!
     note comfyui "$comfyui_pid" "$generation"
-    follow_comfyui_log "$log_file" "$log_start" &
+    # Ends by itself within a second after ComfyUI.
+    tail -c "+$log_start" -f --pid="$comfyui_pid" -- "$log_file" >&2 2>/dev/null &
+    watch_boot "$!" &
 }
 
-# usage: follow_comfyui_log FILE FIRST_BYTE   ComfyUI's log to stderr until it listens; with COMFYUI_LOG=stdout all of it
-follow_comfyui_log() {
-    local started tail_pid
+# usage: watch_boot TAIL_PID   lets jobs come when ComfyUI listens; ends the forwarding of its log, unless all is wanted
+watch_boot() {
+    local started
     started=$(uptime_s)
-    tail -c "+$2" -f --pid="$comfyui_pid" -- "$1" >&2 2>/dev/null &
-    tail_pid=$!
-    trap 'kill "$tail_pid" 2>/dev/null; exit' TERM
     until is_listening; do
-        if ! kill -0 "$comfyui_pid" 2>/dev/null; then
-            wait "$tail_pid" || true # it ends by itself within a second
-            return 0
-        fi
+        kill -0 "$comfyui_pid" 2>/dev/null || return 0
         sleep 0.05
     done
     # Later lines can hold what callers sent: ComfyUI prints the values of refused workflows.
     if [[ $COMFYUI_LOG != stdout ]]; then
-        kill "$tail_pid" 2>/dev/null || true
-        wait "$tail_pid" || true
+        while kill "$1" 2>/dev/null; do sleep 0.01; done
     fi
     log INFO "ComfyUI listens on 127.0.0.1:$COMFYUI_PORT after $(($(uptime_s) - started)) s."
     note listened "$generation" # only now the handler takes jobs
-    wait "$tail_pid" || true
 }
 
 # usage: start_handler   only as a serverless worker

@@ -1,11 +1,13 @@
 """Stacks that tests share: each is booted once for all the tests that leave it as they found it (stack.py boots)."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from local.__main__ import Platform
 from tests.process.fault_rows import TABLE, Row, read_table
-from tests.process.stack import Driver, boot, wait_until
+from tests.process.stack import Driver, boot, boot_platform, wait_until
 
 # A model that is named and missing (no network is asked), and little patience with a node that does not let go.
 FAULT_SETTINGS = {
@@ -40,6 +42,13 @@ def worker(fault_stack: Driver) -> Iterator[Driver]:
     yield fault_stack
     wait_until(fault_stack.comfyui_answers, "ComfyUI is up after the test")
     fault_stack.disarm()
+
+
+@pytest.fixture
+def platform(tmp_path: Path) -> Iterator[Platform]:
+    """One whose workers a test starts itself; it takes one that has not pinged for 3 s for lost."""
+    with boot_platform(tmp_path / "platform-log", "--lost-s", "3") as running:
+        yield running
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name("FAULTS.md")
 ANSWERS = {"COMPLETED", "CANCELLED", "TIMED_OUT"}
 IDLE_TIMEOUT_S = 10.0
+EVERY = 1_000_000  # times a fault strikes: more than any run has messages
 
 
 @dataclass(frozen=True)

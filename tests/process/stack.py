@@ -55,8 +55,10 @@ class Api:
         self.platform = platform
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """``path`` is one of the endpoint's, or with a leading slash one of the stand-in itself."""
+        endpoint = f"{self.platform.api_url}/{ENDPOINT}/"
         request = urllib.request.Request(
-            f"{self.platform.api_url}/{ENDPOINT}/{path}",
+            f"{self.platform.url}{path}" if path.startswith("/") else endpoint + path,
             method=method,
             data=None if body is None else json.dumps(body).encode(),
             headers={"Authorization": f"Bearer {self.platform.api_key}", "Content-Type": "application/json"},
@@ -100,11 +102,11 @@ class Api:
         return int(self.call("GET", "health")["workers"]["idle"])
 
     def platform_fault(self, kind: str, **more: Any) -> None:
-        self.call("POST", "../../_fault", {"kind": kind, **more})
+        self.call("POST", "/_fault", {"kind": kind, **more})
 
     def platform_strikes(self, kind: str) -> int:
         """How often a fault has struck."""
-        faults = self.call("GET", "../../_fault")["faults"]
+        faults = self.call("GET", "/_fault")["faults"]
         return sum(int(fault["struck"]) for fault in faults if fault["kind"] == kind)
 
 
@@ -305,3 +307,11 @@ def invert_job(**extra: Any) -> dict[str, Any]:
 
 def slow_job(seconds: float, steps: int = 1000, **extra: Any) -> dict[str, Any]:
     return job(slow_workflow(seconds, steps), **extra)
+
+
+def start_long_job(driver: Driver, seconds: float = 60, *, timeout_s: float | None = None, **more: Any) -> str:
+    """A job that runs in ComfyUI when this returns; ``more`` stands beside its input in the request."""
+    extra = {} if timeout_s is None else {"timeout_s": timeout_s}
+    job_id = driver.start_job(slow_job(seconds, **extra), **more)
+    wait_until(driver.comfyui_runs, "the long job runs")
+    return job_id

@@ -12,30 +12,28 @@ import pytest
 
 from local.__main__ import Platform
 from tests.process.fault_rows import Row
-from tests.process.stack import Driver, boot_platform, boot_worker, invert_job, slow_job, start_worker, wait_until
+from tests.process.stack import (
+    Driver,
+    boot_platform,
+    boot_worker,
+    invert_job,
+    slow_job,
+    start_long_job,
+    start_worker,
+    wait_until,
+)
 
 CLOCK = Path(__file__).with_name("jumping_clock")
 STOPS_IN_S = 10.0  # a bound, not a promise: the table has what was measured
 
 
-@pytest.fixture
-def platform(tmp_path: Path) -> Iterator[Platform]:
-    """One whose workers a test starts itself; it takes one that has not pinged for 3 s for lost."""
-    with boot_platform(tmp_path / "platform-log", "--lost-s", "3") as running:
-        yield running
-
-
 @contextlib.contextmanager
 def own_stack(tmp_path: Path, *options: str, **settings: str) -> Iterator[Driver]:
-    with boot_platform(tmp_path / "platform-log", *options) as running:
-        with boot_worker(running, tmp_path / "log", **settings) as worker:
-            yield worker
-
-
-def start_long_job(worker: Driver, seconds: float = 60, **extra: object) -> str:
-    job_id = worker.start_job(slow_job(seconds), **extra)
-    wait_until(worker.comfyui_runs, "the long job runs")
-    return job_id
+    with (
+        boot_platform(tmp_path / "platform-log", *options) as running,
+        boot_worker(running, tmp_path / "log", **settings) as worker,
+    ):
+        yield worker
 
 
 def assert_nothing_of_it_is_left(worker: Driver) -> None:
@@ -69,9 +67,10 @@ def test_a_job_cancelled_in_the_queue_is_never_run(row: Row, worker: Driver) -> 
 def test_a_job_cancelled_in_mid_run_makes_way_for_the_next(row: Row, worker: Driver) -> None:
     cancelled = start_long_job(worker)
     following = worker.start_job(invert_job())
-    started = time.monotonic()
     worker.cancel(cancelled)
-    wait_until(worker.comfyui_is_idle, "ComfyUI is idle", STOPS_IN_S)
+    wait_until(lambda: f"[{cancelled}] cancelled by RunPod" in worker.log(), "the SDK has told the handler")
+    started = time.monotonic()
+    wait_until(lambda: f"[{cancelled}] wipe:" in worker.log(), "ComfyUI has let go, and the wipe is done", STOPS_IN_S)
     row.seconds = time.monotonic() - started
     assert worker.finish(following)["status"] == "COMPLETED"
     lines = [line for line in worker.log().splitlines() if " handler [" in line]
@@ -112,21 +111,27 @@ def test_an_idle_worker_ends_at_once_and_a_job_offered_then_is_done_elsewhere(
         row.next_job_runs(worker)
 
 
-@pytest.mark.fault("P5")
-@pytest.mark.fault("P6")
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_worker_finishes_and_posts_its_job_before_it_ends(
-    row: Row, platform: Platform, tmp_path: Path, times: int
-) -> None:
+def end_in_mid_job(row: Row, platform: Platform, tmp_path: Path, *, sigterms: int) -> None:
+    """The running job is finished and posted, and then the worker ends."""
     with boot_worker(platform, tmp_path / "log") as leaving:
         job_id = start_long_job(leaving, seconds=2)
-        for _ in range(times):
+        for _ in range(sigterms):
             leaving.worker.process.send_signal(signal.SIGTERM)
             time.sleep(0.2)  # two at once are one to the kernel
         row.succeeds(leaving.finish(job_id))
         seconds_to_end(leaving, 0)
     with boot_worker(platform, tmp_path / "second-log") as worker:
         row.next_job_runs(worker)
+
+
+@pytest.mark.fault("P5")
+def test_a_worker_finishes_and_posts_its_job_before_it_ends(row: Row, platform: Platform, tmp_path: Path) -> None:
+    end_in_mid_job(row, platform, tmp_path, sigterms=1)
+
+
+@pytest.mark.fault("P6")
+def test_a_second_sigterm_changes_nothing(row: Row, platform: Platform, tmp_path: Path) -> None:
+    end_in_mid_job(row, platform, tmp_path, sigterms=2)
 
 
 # --- deadlines ---
@@ -254,13 +259,6 @@ def test_two_workers_of_which_one_dies_lose_no_job(row: Row, platform: Platform,
         for answer in answers:
             row.succeeds(answer)
         assert sum(answer.get("retries", 0) for answer in answers) == 1
-        row.next_job_runs(worker)
-
-
-@pytest.mark.fault("P18")
-def test_a_platform_that_is_slow_costs_time_only(row: Row, tmp_path: Path) -> None:
-    with own_stack(tmp_path, "--latency-s", "2") as worker:
-        row.succeeds(worker.run(slow_job(3)))
         row.next_job_runs(worker)
 
 

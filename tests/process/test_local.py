@@ -119,6 +119,7 @@ def test_up_prints_a_client_command_that_works_as_it_stands_until_ctrl_c(tmp_pat
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
     ) as stack:
         assert stack.stdout is not None
         printed: list[str] = []
