@@ -1,7 +1,7 @@
 # make demo | up | test | faults | lint | mutants | lock | clean
 PYTHON ?= python3
 PY = .venv/bin/python
-PARALLEL = -n 6 --dist loadfile
+PARALLEL = -n 6 --dist loadgroup
 CLIENT = $(PY) client.py --url {url} --workflow workflows/one_image.json --img workflows/photos/coffee.jpg
 
 .PHONY: demo up test faults lint mutants lock clean

@@ -48,6 +48,13 @@ def processes_with(setting: str) -> list[int]:
     return found
 
 
+def started_at(pid: int) -> int:
+    """When a process was started, in clock ticks since the boot (proc(5)); pids begin anew, times do not."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return sys.maxsize
+
+
 class Api:
     """The endpoint of a running platform, as a client asks it."""
 
@@ -97,9 +104,6 @@ class Api:
             except ValueError:
                 bodies.append({})
         return bodies
-
-    def idle_workers(self) -> int:
-        return int(self.call("GET", "health")["workers"]["idle"])
 
     def platform_fault(self, kind: str, **more: Any) -> None:
         self.call("POST", "/_fault", {"kind": kind, **more})
@@ -167,9 +171,10 @@ class Driver(Api):
 
     def pid_of(self, program: str) -> int:
         """The process of this stack whose command line has ``program``; the oldest, where it has forked."""
-        for pid in sorted(self.own_pids()):
-            if program.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                return pid
+        for pid in sorted(self.own_pids(), key=started_at):
+            with contextlib.suppress(OSError):  # one that has just ended
+                if program.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                    return pid
         pytest.fail(f"no process runs {program}")
 
     def comfyui_pid(self) -> int:
@@ -221,9 +226,9 @@ def start_worker(platform: Platform, log_path: Path, **settings: str) -> Iterato
 @contextlib.contextmanager
 def boot_worker(platform: Platform, log_path: Path, **settings: str) -> Iterator[Driver]:
     """A worker that asks for jobs."""
-    before = Api(platform).idle_workers()
     with start_worker(platform, log_path, **settings) as driver:
-        wait_until(lambda: driver.idle_workers() > before, "the worker asks for jobs", BOOT_TIMEOUT_S)
+        sdk_begins = "--- Starting Serverless Worker"
+        wait_until(lambda: sdk_begins in driver.log(), "the worker asks for jobs", BOOT_TIMEOUT_S)
         yield driver
 
 

@@ -387,3 +387,12 @@ def test_an_output_node_that_others_link_from_gives_its_own_file_every_time(row:
     for _ in range(3):
         row.succeeds(worker.run(job(workflow)), {"3": picture_bytes(), "4": picture_bytes()})
     row.next_job_runs(worker)
+
+
+@pytest.mark.fault("C29")
+def test_a_comfyui_that_stands_still_for_a_while_is_only_slow(row: Row, worker: Driver) -> None:
+    pid = worker.comfyui_pid()
+    worker.fault("stall", seconds=6)
+    row.succeeds(worker.run(slow_job(7)))
+    row.next_job_runs(worker)
+    assert worker.comfyui_pid() == pid

@@ -3,12 +3,11 @@ the others."""
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
 from tests.process.fault_rows import EVERY, Row
-from tests.process.stack import Driver, boot_platform, boot_worker, invert_job, slow_job, start_long_job
+from tests.process.stack import Driver, invert_job, slow_job, start_long_job
 
 
 @pytest.mark.fault("C25")
@@ -26,15 +25,6 @@ def test_a_comfyui_that_hangs_between_two_jobs_is_ended_and_the_job_goes_on(row:
     row.next_job_runs(worker)
 
 
-@pytest.mark.fault("C29")
-def test_a_comfyui_that_stands_still_for_a_while_is_only_slow(row: Row, worker: Driver) -> None:
-    pid = worker.comfyui_pid()
-    worker.fault("stall", seconds=6)
-    row.succeeds(worker.run(slow_job(7)))
-    row.next_job_runs(worker)
-    assert worker.comfyui_pid() == pid
-
-
 @pytest.mark.fault("W5")
 def test_a_node_that_works_for_a_minute_without_a_word_is_waited_for(row: Row, worker: Driver) -> None:
     pid = worker.comfyui_pid()
@@ -43,13 +33,3 @@ def test_a_node_that_works_for_a_minute_without_a_word_is_waited_for(row: Row, w
     worker.disarm()
     row.next_job_runs(worker)
     assert worker.comfyui_pid() == pid
-
-
-@pytest.mark.fault("P18")
-def test_a_platform_that_is_slow_costs_time_only(row: Row, tmp_path: Path) -> None:
-    with (
-        boot_platform(tmp_path / "platform-log", "--latency-s", "2") as platform,
-        boot_worker(platform, tmp_path / "log") as worker,
-    ):
-        row.succeeds(worker.run(slow_job(3)))
-        row.next_job_runs(worker)

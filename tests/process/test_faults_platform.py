@@ -24,6 +24,7 @@ from tests.process.stack import (
 )
 
 CLOCK = Path(__file__).with_name("jumping_clock")
+CLOCKS = ("handler", "start.sh")
 STOPS_IN_S = 10.0  # a bound, not a promise: the table has what was measured
 
 
@@ -165,8 +166,8 @@ def test_deadlines_do_not_follow_the_wall_clock(row: Row, tmp_path: Path) -> Non
         row.succeeds(worker.run(slow_job(2)))
         row.fails(worker.run(slow_job(60, timeout_s=1)), "JOB_TIMEOUT", "within 1 s")
         row.next_job_runs(worker)
-        stamps = [line[:8] for line in worker.log().splitlines() if " handler [" in line]
-    assert len({stamp[:2] for stamp in stamps}) > 1  # the handler's own log jumped
+        hours = {name: [line[:2] for line in worker.log().splitlines() if f" {name} " in line] for name in CLOCKS}
+    assert not set(hours["handler"]) & set(hours["start.sh"])  # Python's clock jumped, bash's did not
 
 
 # --- progress and results ---
@@ -269,6 +270,13 @@ def test_a_platform_that_gives_no_jobs_for_a_while_is_asked_again(row: Row, work
         wait_until(lambda kind=kind: worker.platform_strikes(kind) == 20, "every one has struck")
     row.succeeds(worker.run(invert_job()))
     row.next_job_runs(worker)
+
+
+@pytest.mark.fault("P18")
+def test_a_platform_that_is_slow_costs_time_only(row: Row, tmp_path: Path) -> None:
+    with own_stack(tmp_path, "--latency-s", "2") as worker:
+        row.succeeds(worker.run(slow_job(3)))
+        row.next_job_runs(worker)
 
 
 # --- SIGTERM at a bad time ---
