@@ -29,11 +29,12 @@ from worker.control import JobControl
 from worker.errors import ComfyUICrashed, ComfyUIUnavailable, RamDiskError, WorkerError, WorkerFault, internal_error
 from worker.follow import Progress
 from worker.models.manifest import read_manifest, sentence_about
-from worker.outputs import collect_outputs, result_limit_bytes
+from worker.outputs import collect_outputs, output_warnings, result_limit_bytes
 from worker.payload import JobRequest, json_safe, parse_job_input
 from worker.process import ComfyUIProcess, ProcessState
 from worker.ramdisk import RamDisk
 from worker.run import run_workflow
+from worker.steps import StepTimer
 
 log = logging.getLogger("handler")
 current_job_id: contextvars.ContextVar[str] = contextvars.ContextVar("job_id", default="-")
@@ -78,13 +79,15 @@ class Worker:
                     control=control,
                     on_progress=on_progress,
                     interrupt_grace_s=self.config.interrupt_grace_s,
+                    discard_outputs=lambda: self.ramdisk.wipe(("output", "temp")),
                     api_key=request.comfy_org_api_key,
                 )
             with steps("collect"):
                 limit_bytes = result_limit_bytes(job_id, self.config.result_limit_bytes)
                 result: dict[str, Any] = {"status": "success"}
                 result |= collect_outputs(outcome, self.ramdisk, limit_bytes)
-                result["warnings"] = [*request.warnings, *outcome.warnings]
+                told = output_warnings(outcome, request.workflow, self.ramdisk)
+                result["warnings"] = [*request.warnings, *outcome.warnings, *told]
                 if request.debug:
                     result["debug"] = self._diagnostics()
         self.process.note_success(state)
@@ -122,26 +125,10 @@ class Worker:
     def _diagnostics(self) -> dict[str, Any]:
         return {
             "kept_until": "the next job on this worker",
-            "files": self.ramdisk.list_job_files(),
+            "files": [str(self.ramdisk.root / path) for path in self.ramdisk.list_files()],
             "free_bytes": self.ramdisk.free_bytes(),
             "comfyui_log": self.process.log_tail(),
         }
-
-
-class StepTimer:
-    """Measures and logs the steps of one job: ``timings_ms`` by name."""
-
-    def __init__(self) -> None:
-        self.timings_ms: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, step: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.timings_ms[step] = round(1000 * (time.monotonic() - started), 1)
-            log.info("%s: %.1f ms", step, self.timings_ms[step])
 
 
 class ProgressSender:

@@ -29,30 +29,51 @@ class Mutant(NamedTuple):
 
 MAIN = "tests/process/test_main_job.py"
 STOPPING = "tests/process/test_stopping.py"
+COMFYUI = "tests/process/test_faults_comfyui.py"
+WEBSOCKET = "tests/process/test_faults_websocket.py"
+PLATFORM = "tests/process/test_faults_platform.py"
 
 MUTANTS = [
     Mutant("nonce", "worker/run.py", ", NONCE_INPUT: nonce}", "}", f"{MAIN} -k word_for_word"),
+    Mutant("nonce: a node that refuses it", "worker/run.py", "if NONCE_INPUT not in error.message or", "if True or", f"{COMFYUI} -k extra_input"),
+    Mutant("nonce: files of an earlier job", "worker/run.py", "stale = _stale_nodes(outcome)", "stale = set()", f"{COMFYUI} -k link_from"),
     Mutant("fsync", "worker/ramdisk.py", "os.fsync(stream.fileno())", "pass", "tests/process/test_write_order.py tests/unit/test_ramdisk.py"),
     Mutant("rename", "worker/ramdisk.py", 'f".{secrets.token_hex(8)}.part"', "leaf", "tests/process/test_write_order.py tests/unit/test_ramdisk.py"),
     Mutant("wipe: zeros", "worker/ramdisk.py", "overwrite_with_zeros(entry.name, directory_fd)", "pass", f"{MAIN} -k debug_keeps"),
     Mutant("wipe: after the job", "rp_handler.py", 'with steps("wipe"):\n                    self._wipe()', "pass", f"{MAIN} -k three_jobs"),
     Mutant("wipe: before the job", "rp_handler.py", "self.ramdisk.wipe()\n        with self._wiped", "pass\n        with self._wiped", f"{MAIN} -k debug_keeps"),
     Mutant("wipe: the log", "worker/process.py", "os.truncate(self._log_path, 0)", "pass", f"{MAIN} -k three_jobs"),
+    Mutant("wiped at the start", "start.sh", "        wipe_ramdisk || die", "        true || die", f"{STOPPING} -k killed_worker"),
     Mutant("status is read", "worker/follow.py", "if failure is not None:", "if False:", f"{MAIN} -k cannot_run"),
     Mutant("history is deleted", "rp_handler.py", "self.process.scrub_log, self.comfyui.clear_history)", "self.process.scrub_log)", f"{MAIN} -k three_jobs"),
     Mutant("history retries", "worker/follow.py", "HISTORY_WAITS_S = (0.010, 0.050, 0.250, 1.250, 6.250)", "HISTORY_WAITS_S = ()", "tests/unit/test_follow.py"),
-    Mutant("deadline and cancellation", "worker/follow.py", "self._control.check()\n            message", "message", f"{STOPPING} -k own_deadline"),
-    Mutant("interrupt", "worker/follow.py", "self._stop()\n            raise", "raise", f"{STOPPING} -k own_deadline"),
-    Mutant("shielded thread", "rp_handler.py", "control.cancel()", "pass", f"{STOPPING} -k cancelled_job"),
+    Mutant("websocket: the end without it", "worker/follow.py", "if not feed.is_open or ended_unheard or now - quiet_since >= QUIET_S:", "if False:", f"{WEBSOCKET} -k refused"),
+    Mutant("websocket: reopened", "worker/follow.py", "feed.reopen_if_due()", "pass", f"{WEBSOCKET} -k refused"),
+    Mutant("websocket: pictures sent again", "worker/feed.py", "self.was_down = True\n        self.close()", "self.close()", f"{WEBSOCKET} -k only_the_websocket"),
+    Mutant("websocket: deep garbage", "worker/feed.py", "except (ValueError, RecursionError):", "except ValueError:", f"{WEBSOCKET} -k garbage"),
+    Mutant("deadline and cancellation", "worker/follow.py", "self._control.check()\n            message", "message", f"{PLATFORM} -k own_deadline"),
+    Mutant("deadline on a clock of its own", "worker/control.py", "clock: Callable[[], float] = time.monotonic", "clock: Callable[[], float] = time.time", f"{PLATFORM} -k wall_clock"),
+    Mutant("deadline while the POST is not answered", "worker/comfyui.py", "                check()\n            except (JobTimeout", "                pass\n            except (JobTimeout", f"{COMFYUI} -k post_that"),
+    Mutant("interrupt", "worker/follow.py", "self._stop()\n            raise", "raise", f"{PLATFORM} -k own_deadline"),
+    Mutant("killed after the grace", "worker/follow.py", "log.warning(\"ComfyUI did not stop within %g s; killing it\", self._interrupt_grace_s)\n            self._comfyui.kill()", "pass", f"{COMFYUI} -k let_go"),
+    Mutant("shielded thread", "rp_handler.py", "control.cancel()", "pass", f"{PLATFORM} -k makes_way"),
     Mutant("crash is seen", "worker/follow.py", "self._comfyui.raise_if_dead()  #", "pass  #", "tests/unit/test_follow.py -k restart"),
-    Mutant("queue is cleared", "rp_handler.py", "not self.comfyui.clear_queue(self.config.interrupt_grace_s)", "False", f"{STOPPING} -k leftover"),
-    Mutant("SIGTERM while idle", "rp_handler.py", "number, self.leave)", "number, lambda: None)", f"{STOPPING} -k idle_worker"),
+    Mutant("hung is told from slow", "worker/comfyui.py", "if self._silent_since is None or cpu_s - self._silent_since[1] > IDLE_CPU_S:", "if self._silent_since is None:", "tests/unit/test_comfyui_answers.py -k only_slow"),
+    Mutant("a dead prompt worker ends ComfyUI", "worker/launcher.py", "os._exit(EXIT_CODE)", "pass", f"{COMFYUI} -k prompt_worker_died"),
+    Mutant("out of memory is told from killed", "worker/process.py", "out_of_memory = _oom_kills(counter) > before", "pass", "tests/unit/test_process.py -k count_of_kills"),
+    Mutant("memory is freed after a run that had too little", "worker/run.py", "comfyui.free_memory()  # for the next job", "pass", f"{COMFYUI} -k too_little"),
+    Mutant("queue is cleared", "rp_handler.py", "not self.comfyui.clear_queue(self.config.interrupt_grace_s)", "False", f"{COMFYUI} -k leftover"),
+    Mutant("secrets are masked", "worker/comfyui_errors.py", 'text = text.replace(word, "***")', "pass", f"{COMFYUI} -k no_secret"),
+    Mutant("output: cut short", "worker/outputs.py", "if is_cut_short(data):", "if False:", f"{COMFYUI} -k not_whole"),
+    Mutant("SIGTERM while idle", "rp_handler.py", "number, self.leave)", "number, lambda: None)", f"{PLATFORM} -k idle_worker"),
+    Mutant("SIGTERM: ComfyUI is supervised on", "start.sh", '"$comfyui_pid") on_comfyui_death "$code" ;;', '"$comfyui_pid") ((stopping)) || on_comfyui_death "$code" ;;', f"{PLATFORM} -k after_sigterm"),
+    Mutant("a dead sshd is a warning", "start.sh", '"$sshd_pid") log WARNING', '"$sshd_pid") die 1', f"{PLATFORM} -k sshd"),
     Mutant("progress", "rp_handler.py", "self._newest = progress", "pass", f"{MAIN} -k progress"),
+    Mutant("progress: not too often", "rp_handler.py", "PROGRESS_INTERVAL_S = 1.0", "PROGRESS_INTERVAL_S = 0.05", f"{PLATFORM} -k burst"),
     Mutant("size limit", "worker/outputs.py", "_check_size(lists, limit_bytes)", "pass", "tests/unit/test_outputs.py"),
     Mutant("input check", "worker/payload.py", "check_image(image.name, image.data)", "pass", f"{MAIN} -k cannot_run"),
     Mutant("secrets stay out of ComfyUI", "start.sh", '        unset "${!RUNPOD_@}"', '        : "${!RUNPOD_@}"', "tests/process/test_start_sh.py -k secret"),
     Mutant("checkout unchanged", "start.sh", "PYTHONDONTWRITEBYTECODE=1", "NOTHING=1", "tests/process/test_start_sh.py -k byte_identical"),
-    Mutant("wiped at the start", "start.sh", "        wipe_ramdisk || die", "        true || die", f"{STOPPING} -k killed_worker"),
 ]  # fmt: skip
 
 

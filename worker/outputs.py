@@ -11,6 +11,7 @@ from typing import Any
 from worker.errors import NoOutput, OutputDamaged, ResultTooLarge
 from worker.follow import RunOutcome
 from worker.media import is_cut_short
+from worker.payload import Workflow
 from worker.ramdisk import RamDisk
 
 # The limits count the posted JSON body; RunPod documents 10 MB, and 20 MB for jobs of /runsync, whose ids show it.
@@ -45,6 +46,7 @@ _MEDIA_TYPES = {
     ".webm": "video/webm",
     ".webp": "image/webp",
 }
+MAX_NAMED_FILES = 10
 _CATEGORIES = {"image": "images", "video": "videos", "audio": "audio"}
 
 
@@ -64,6 +66,11 @@ class _Output:
     subfolder: str = ""
     kind: str = "output"
     data: bytes | None = None
+
+    @property
+    def path(self) -> str:
+        """Relative to the RAM disk."""
+        return "/".join(part for part in (self.kind, self.subfolder, self.filename) if part)
 
     def size_bytes(self, ramdisk: RamDisk) -> int:
         return ramdisk.size_of(self.kind, self.subfolder, self.filename) if self.data is None else len(self.data)
@@ -102,7 +109,8 @@ def collect_outputs(outcome: RunOutcome, ramdisk: RamDisk, limit_bytes: int) -> 
     texts = _texts(outcome.outputs)
     found = _find_files(outcome)
     if not found and not texts:
-        raise NoOutput("The workflow ran and gave nothing; does it end in a SaveImage node or another output node?")
+        told = "The workflow ran and gave nothing; does it end in a SaveImage node or another output node?"
+        raise NoOutput(" ".join([told, *_unnamed_files(outcome, ramdisk)]))
     lists: dict[str, list[dict[str, Any]]] = {"images": []}
     pairs = []
     for output in found:
@@ -115,6 +123,36 @@ def collect_outputs(outcome: RunOutcome, ramdisk: RamDisk, limit_bytes: int) -> 
     for output, item in pairs:
         item["data"] = base64.b64encode(output.read(ramdisk)).decode("ascii")
     return lists
+
+
+def output_warnings(outcome: RunOutcome, workflow: Workflow, ramdisk: RamDisk) -> list[str]:
+    """What a caller should know of outputs that are not what they seem."""
+    return [*_shared_names(outcome, workflow), *_unnamed_files(outcome, ramdisk)]
+
+
+def _shared_names(outcome: RunOutcome, workflow: Workflow) -> list[str]:
+    """Two nodes that name one file: the later one has overwritten the other's, unless they are one execution."""
+    makers: dict[str, dict[str, str]] = {}
+    for output in _find_files(outcome):
+        node = workflow.get(output.node_id, {})
+        same = json.dumps([node.get("class_type"), node.get("inputs")], sort_keys=True)
+        makers.setdefault(output.path, {}).setdefault(same, output.node_id)
+    return [
+        f"The nodes {' and '.join(node_ids.values())} name the same file, {path!r}; it has the content of one of them."
+        for path, node_ids in makers.items()
+        if len(node_ids) > 1
+    ]
+
+
+def _unnamed_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[str]:
+    """Files that a node has saved without a word in the history: they are not returned."""
+    named = {output.path for output in _find_files(outcome)}
+    unnamed = [path for path in ramdisk.list_files(("output",)) if path not in named]
+    if not unnamed:
+        return []
+    more = f" and {len(unnamed) - MAX_NAMED_FILES} more" if len(unnamed) > MAX_NAMED_FILES else ""
+    shown = ", ".join(repr(path) for path in unnamed[:MAX_NAMED_FILES])
+    return [f"ComfyUI wrote files that no node names, so they are not returned: {shown}{more}."]
 
 
 def _find_files(outcome: RunOutcome) -> list[_Output]:

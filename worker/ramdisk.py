@@ -94,17 +94,17 @@ class RamDisk:
         except OSError as error:
             raise RamDiskError(f"{self.root} cannot be wiped ({error.strerror}).") from error
 
-    def list_job_files(self) -> list[str]:
-        """Paths of what a job has left, sorted; at most MAX_LISTED_FILES, because it goes into a result."""
+    def list_files(self, directories: tuple[str, ...] = JOB_DIRECTORIES) -> list[str]:
+        """Paths below ``root`` of what is there, sorted; at most MAX_LISTED_FILES, because they go into a result."""
         found: list[str] = []
-        pending = [self.root / name for name in JOB_DIRECTORIES]
+        pending = [self.root / name for name in directories]
         while pending and len(found) < MAX_LISTED_FILES:
             with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(Path(entry.path))
                     else:
-                        found.append(entry.path)
+                        found.append(str(Path(entry.path).relative_to(self.root)))
         return sorted(found)[:MAX_LISTED_FILES]
 
     @staticmethod

@@ -31,9 +31,13 @@ def run_workflow(
     control: JobControl,
     on_progress: Callable[[Progress], None],
     interrupt_grace_s: float,
+    discard_outputs: Callable[[], None],
     api_key: str | None = None,
 ) -> RunOutcome:
-    """Run ``workflow`` to its end. Raises what `PromptRun.complete` does."""
+    """Run ``workflow`` to its end. Raises what `PromptRun.complete` does.
+
+    ``discard_outputs`` removes what a prompt has saved, before the next one.
+    """
     fresh = _free_output_nodes(comfyui, workflow)
     for prompts_left in reversed(range(MAX_PROMPTS)):
         run = PromptRun(
@@ -52,6 +56,7 @@ def run_workflow(
             refusing = comfyui.note_nonce_refusal(str(error.details["node_type"]))
             fresh = {node_id for node_id in fresh if workflow[node_id]["class_type"] not in refusing}
             log.info("a node does not take the extra input; running again without it")
+            discard_outputs()
             continue
         except OutOfGpuMemory:
             with contextlib.suppress(ComfyUIUnavailable, ComfyUICrashed):
@@ -63,6 +68,7 @@ def run_workflow(
                 outcome.warnings.append("The websocket to ComfyUI broke; pictures sent over it may be missing.")
             return outcome
         fresh = _refresh(comfyui, workflow, fresh, stale)
+        discard_outputs()
     raise AssertionError  # the last round returns or raises
 
 

@@ -282,7 +282,7 @@ def test_previews_are_returned_where_there_is_nothing_else(row: Row, worker: Dri
 @pytest.mark.fault("C19")
 def test_a_run_that_names_no_output_is_no_success(row: Row, worker: Driver) -> None:
     worker.fault("output_unlisted")
-    row.fails(worker.run(invert_job()), "NO_OUTPUT", "gave nothing")
+    row.fails(worker.run(invert_job()), "NO_OUTPUT", "gave nothing", "no node names", "inverted_00001_.png")
     row.next_job_runs(worker)
 
 
@@ -315,7 +315,7 @@ def test_a_node_that_cannot_take_the_extra_input_runs_without_it(row: Row, worke
     workflow = invert_workflow()
     workflow["3"]["class_type"] = "StandinStrict"
     for _ in range(3):  # found out, remembered, and repeated word for word
-        row.succeeds(worker.run(job(workflow)))
+        assert row.succeeds(worker.run(job(workflow)))["warnings"] == []
     row.next_job_runs(worker)
 
 
@@ -385,7 +385,8 @@ def test_an_output_node_that_others_link_from_gives_its_own_file_every_time(row:
     workflow["3"]["class_type"] = "StandinTee"
     workflow["4"] = {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "inverted"}}
     for _ in range(3):
-        row.succeeds(worker.run(job(workflow)), {"3": picture_bytes(), "4": picture_bytes()})
+        result = row.succeeds(worker.run(job(workflow)), {"3": picture_bytes(), "4": picture_bytes()})
+        assert result["warnings"] == []
     row.next_job_runs(worker)
 
 

@@ -91,7 +91,13 @@ def run(
 ) -> RunOutcome:
     control = control or JobControl(timeout_s=20)
     return run_workflow(
-        comfyui, workflow, control=control, on_progress=on_progress, interrupt_grace_s=5, api_key=api_key
+        comfyui,
+        workflow,
+        control=control,
+        on_progress=on_progress,
+        interrupt_grace_s=5,
+        discard_outputs=lambda: None,
+        api_key=api_key,
     )
 
 

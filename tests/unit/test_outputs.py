@@ -11,7 +11,7 @@ from PIL import Image
 from tests.unit.test_media import encoded
 from worker.errors import NoOutput, OutputDamaged, OutputMissing, ResultTooLarge
 from worker.follow import RunOutcome
-from worker.outputs import collect_outputs, result_limit_bytes
+from worker.outputs import collect_outputs, output_warnings, result_limit_bytes
 from worker.ramdisk import RamDisk
 
 NO_LIMIT = 10**9
@@ -121,6 +121,41 @@ def test_a_file_that_is_empty_or_cut_short_is_a_failure(ramdisk: RamDisk, share:
     entry = put(ramdisk, "a.png", whole[: int(share * len(whole))])
     with pytest.raises(OutputDamaged, match="only in part"):
         collect(ramdisk, {"1": {"images": [entry]}})
+
+
+# --- outputs that are not what they seem ---
+
+
+def warnings_of(ramdisk: RamDisk, outputs: dict[str, Any], workflow: dict[str, Any]) -> list[str]:
+    return output_warnings(RunOutcome("prompt", outputs), workflow, ramdisk)
+
+
+def saver(source: str) -> dict[str, Any]:
+    return {"class_type": "SaveImage", "inputs": {"images": [source, 0], "filename_prefix": "a"}}
+
+
+def test_one_file_of_two_nodes_is_a_warning_unless_they_are_one_execution(ramdisk: RamDisk) -> None:
+    outputs = {node_id: {"images": [put(ramdisk, "a.png")]} for node_id in ("3", "57:4")}
+    assert warnings_of(ramdisk, outputs, {"3": saver("1"), "57:4": saver("1")}) == []
+    (warning,) = warnings_of(ramdisk, outputs, {"3": saver("1"), "57:4": saver("2")})
+    assert warning.startswith("The nodes 3 and 57:4 name the same file, 'output/a.png'")
+
+
+def test_a_file_that_no_node_names_is_a_warning(ramdisk: RamDisk) -> None:
+    outputs = {"3": {"images": [put(ramdisk, "a.png"), put(ramdisk, "video/a.png")]}}
+    assert warnings_of(ramdisk, outputs, {"3": saver("1")}) == []
+    for number in range(13):
+        put(ramdisk, f"unnamed{number:02}.png")
+    put(ramdisk, "preview.png", kind="temp")  # previews are nothing that somebody saved
+    (warning,) = warnings_of(ramdisk, outputs, {"3": saver("1")})
+    assert "'output/unnamed00.png', 'output/unnamed01.png'" in warning
+    assert warning.endswith("and 3 more.")
+
+
+def test_what_was_saved_without_a_name_is_told_where_nothing_else_was(ramdisk: RamDisk) -> None:
+    put(ramdisk, "unnamed.png")
+    with pytest.raises(NoOutput, match=r"gave nothing.*'output/unnamed.png'"):
+        collect(ramdisk, {})
 
 
 def test_the_size_limit_counts_the_posted_body_to_the_byte(ramdisk: RamDisk) -> None:
