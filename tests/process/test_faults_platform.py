@@ -74,9 +74,9 @@ def test_a_job_cancelled_in_mid_run_makes_way_for_the_next(row: Row, worker: Dri
     wait_until(lambda: f"[{cancelled}] wipe:" in worker.log(), "ComfyUI has let go, and the wipe is done", STOPS_IN_S)
     row.seconds = time.monotonic() - started
     assert worker.finish(following)["status"] == "COMPLETED"
-    lines = [line for line in worker.log().splitlines() if " handler [" in line]
-    last_of_cancelled = max(number for number, line in enumerate(lines) if cancelled in line)
-    first_of_following = min(number for number, line in enumerate(lines) if following in line)
+    lines = worker.log().splitlines()
+    last_of_cancelled = max(number for number, line in enumerate(lines) if f"[{cancelled}]" in line)
+    first_of_following = min(number for number, line in enumerate(lines) if f"[{following}]" in line)
     assert last_of_cancelled < first_of_following
     row.ends(worker.status(cancelled), "CANCELLED")
     row.next_job_runs(worker)
