@@ -72,9 +72,9 @@ def _marks(function: ast.FunctionDef) -> Iterator[str]:
             yield ast.literal_eval(decorator.args[0])
 
 
-def disagreements() -> list[str]:
-    """A sentence for each thing in which the table and the tests do not agree."""
-    rows, tests = read_table(TABLE.read_text()), marked_tests()
+def disagreements(table: str, tests: dict[str, set[str]]) -> list[str]:
+    """A sentence for each thing in which the table and the tests (as `marked_tests` finds them) do not agree."""
+    rows = read_table(table)
     found = [f"{row_id} has a test and no row" for row_id in sorted(tests.keys() - rows.keys())]
     codes = set(re.findall(r'^    code = "([A-Z_]+)"', (ROOT / "worker/errors.py").read_text(), re.MULTILINE))
     for row in rows.values():
@@ -172,7 +172,7 @@ class Row:
 
 
 def main() -> int:
-    problems = disagreements()
+    problems = disagreements(TABLE.read_text(), marked_tests())
     for problem in problems:
         print(problem, file=sys.stderr)
     if len(sys.argv) > 1 and not problems:

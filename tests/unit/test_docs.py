@@ -6,9 +6,17 @@ from pathlib import Path
 import pytest
 
 from tests.mutants import MUTANTS, Mutant
+from tests.process.fault_rows import TABLE, disagreements, marked_tests, read_table, with_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "AGENTS.md", "CHANGELOG.md", "workflows/README.md", "local/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "AGENTS.md",
+    "CHANGELOG.md",
+    "workflows/README.md",
+    "local/README.md",
+    "tests/process/FAULTS.md",
+]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -49,3 +57,44 @@ def test_every_error_code_is_drawn_in_the_tree_once() -> None:
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_every_mutant_still_fits_the_tree(mutant: Mutant) -> None:
     assert (ROOT / mutant.file).read_text().count(mutant.old) == 1
+
+
+# --- FAULTS.md ---
+
+
+def test_the_table_of_faults_and_their_tests_agree() -> None:
+    assert disagreements(TABLE.read_text(), marked_tests()) == []
+    asked_for = {"C": 24, "W": 9, "P": 18}
+    assert {f"{letter}{number}" for letter, last in asked_for.items() for number in range(1, last + 1)} <= set(
+        read_table(TABLE.read_text())
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("| C3 |", "| C99 |", "C3 has a test and no row"),
+        ("`test_a_comfyui_killed_in_mid_job_is_told_with_its_log`", "", "C3 names []; marked are"),
+        ("`COMFYUI_CRASHED` with exit code and log", "`CRASHED`", "C3 has the caller see ['CRASHED']"),
+        ("`COMFYUI_CRASHED` with exit code and log", "an error", "C3 does not say what the caller sees"),
+        ("| P21 |", "| P22 |", "the rows P are not numbered from 1 without a gap"),
+    ],
+)
+def test_a_table_of_faults_that_does_not_agree_is_found_out(old: str, new: str, said: str) -> None:
+    table = TABLE.read_text()
+    assert old in table
+    assert [problem for problem in disagreements(table.replace(old, new), marked_tests()) if said in problem]
+
+
+def test_a_malformed_row_is_refused() -> None:
+    for line in ("| C1 | too short |", "| C1 | a | b | c | d | 1 | 2 | t |\n| C1 | a | b | c | d | 1 | 2 | t |"):
+        with pytest.raises(ValueError, match="C1"):
+            read_table(line)
+
+
+def test_measured_seconds_go_into_their_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COMFYUI_DIR", raising=False)
+    line = "| C1 | a | b | c | d | 1 | 2 | t |\n"
+    assert with_seconds(line, "C1 7.0\nC1 7.5\nW1 3\n") == line.replace("| 1 |", "| 7.5 |")
+    monkeypatch.setenv("COMFYUI_DIR", "/ComfyUI")
+    assert with_seconds(line, "C1 7.5\n") == line.replace("| 2 |", "| 7.5 |")
