@@ -98,3 +98,9 @@ def test_measured_seconds_go_into_their_column(monkeypatch: pytest.MonkeyPatch) 
     assert with_seconds(line, "C1 7.0\nC1 7.5\nW1 3\n") == line.replace("| 1 |", "| 7.5 |")
     monkeypatch.setenv("COMFYUI_DIR", "/ComfyUI")
     assert with_seconds(line, "C1 7.5\n") == line.replace("| 2 |", "| 7.5 |")
+
+
+def test_the_documents_name_rows_that_exist_and_count_them() -> None:
+    rows = read_table(TABLE.read_text())
+    assert set(re.findall(r"\b[CWP]\d+\b", (ROOT / "AGENTS.md").read_text())) - {"C99"} <= rows.keys()
+    assert f"each of {len(rows)} faults" in (ROOT / "README.md").read_text()
