@@ -24,12 +24,13 @@ from runpod.serverless.modules.rp_http import send_result
 from runpod.serverless.modules.worker_state import JobsProgress
 
 from worker.comfyui import ComfyUI
+from worker.comfyui_server import ComfyUIServer
 from worker.config import Config, ConfigError
 from worker.control import JobControl
 from worker.errors import ComfyUICrashed, ComfyUIUnavailable, RamDiskError, WorkerError, WorkerFault, internal_error
-from worker.follow import Progress
+from worker.follow import Progress, RunOutcome
 from worker.models.manifest import read_manifest, sentence_about
-from worker.outputs import collect_outputs, output_warnings, result_limit_bytes
+from worker.outputs import collect_outputs, result_limit_bytes, unnamed_files
 from worker.payload import JobRequest, json_safe, parse_job_input
 from worker.process import ComfyUIProcess, ProcessState
 from worker.ramdisk import RamDisk
@@ -51,7 +52,8 @@ class Worker:
         self.config = config
         self.ramdisk = RamDisk(config.ramdisk_dir)
         self.process = ComfyUIProcess(config.ramdisk_dir / "run")
-        self.comfyui = ComfyUI(config.comfyui_port, self.process, model_note=self._model_note)
+        self.server = ComfyUIServer(config.comfyui_port, self.process)
+        self.comfyui = ComfyUI(self.server, self._model_note)
 
     def run_job(
         self, job_id: str, job_input: object, control: JobControl, on_progress: Callable[[Progress], None]
@@ -61,44 +63,52 @@ class Worker:
         with steps("parse"):
             request = parse_job_input(job_input)
             control.shorten(request.timeout_s or control.timeout_s)
-        with steps("clear"):
-            state = self._wait_ready(control)
-            if not self.comfyui.clear_queue(self.config.interrupt_grace_s):
-                state = self._wait_ready(control)
-            self.comfyui.clear_history()
-            self.process.scrub_log()
-            self.process.watch_memory(state)
-            self.ramdisk.wipe()
-        with self._wiped_afterwards(request, steps):
-            with steps("write"):
-                self.ramdisk.write_inputs(request.files)
-            with steps("run"):  # queue the workflow, follow it, read its history
-                outcome = run_workflow(
-                    self.comfyui,
-                    request.workflow,
-                    control=control,
-                    on_progress=on_progress,
-                    interrupt_grace_s=self.config.interrupt_grace_s,
-                    discard_outputs=lambda: self.ramdisk.wipe(("output", "temp")),
-                    api_key=request.comfy_org_api_key,
-                )
-            with steps("collect"):
-                limit_bytes = result_limit_bytes(job_id, self.config.result_limit_bytes)
-                result: dict[str, Any] = {"status": "success"}
-                result |= collect_outputs(outcome, self.ramdisk, limit_bytes)
-                told = output_warnings(outcome, request.workflow, self.ramdisk)
-                result["warnings"] = [*request.warnings, *outcome.warnings, *told]
-                if request.debug:
-                    result["debug"] = self._diagnostics()
+        with self.server.serving(control.check):
+            with steps("clear"):
+                state = self._clear()
+            with self._wiped_afterwards(request, steps):
+                with steps("write"):
+                    self.ramdisk.write_inputs(request.files)
+                with steps("run"):  # queue the workflow, follow it, read its history
+                    outcome = run_workflow(
+                        self.comfyui,
+                        request.workflow,
+                        control=control,
+                        on_progress=on_progress,
+                        interrupt_grace_s=self.config.interrupt_grace_s,
+                        discard_outputs=lambda: self.ramdisk.wipe(("output", "temp")),
+                        api_key=request.comfy_org_api_key,
+                    )
+                with steps("collect"):
+                    result = self._collect(outcome, result_limit_bytes(job_id, self.config.result_limit_bytes))
+                    result["warnings"] = [*request.warnings, *result["warnings"]]
+                    if request.debug:
+                        result["debug"] = self._diagnostics()
         self.process.note_success(state)
         result["timings_ms"] = steps.timings_ms
         return result
 
-    def _model_note(self, name: str) -> str | None:
-        return sentence_about(name, read_manifest(self.config.ramdisk_dir / "run" / "models.json"))
+    def _clear(self) -> ProcessState:
+        """Nothing of an earlier job runs or lies about; returns the start of ComfyUI that this one runs on."""
+        state = self.server.wait_ready(self.config.boot_timeout_s)
+        if not self.comfyui.clear_queue(self.config.interrupt_grace_s):
+            state = self.server.wait_ready(self.config.boot_timeout_s)
+        self.comfyui.clear_history()
+        self.process.scrub_log()
+        self.process.watch_memory(state)
+        self.ramdisk.wipe()
+        return state
 
-    def _wait_ready(self, control: JobControl) -> ProcessState:
-        return self.comfyui.wait_ready(min(self.config.boot_timeout_s, control.remaining_s()), control.check)
+    def _collect(self, outcome: RunOutcome, limit_bytes: int) -> dict[str, Any]:
+        result: dict[str, Any] = {"status": "success"}
+        result |= collect_outputs(outcome, self.ramdisk, limit_bytes)
+        result["warnings"] = [*outcome.warnings, *unnamed_files(outcome, self.ramdisk)]
+        return result
+
+    def _model_note(self, name: str) -> str | None:
+        run_dir = self.config.ramdisk_dir / "run"
+        records = read_manifest(run_dir / "models.json")
+        return sentence_about(name, records, settled=(run_dir / "models-settled").exists())
 
     @contextlib.contextmanager
     def _wiped_afterwards(self, request: JobRequest, steps: StepTimer) -> Iterator[None]:
@@ -115,12 +125,13 @@ class Worker:
                     self._wipe()
 
     def _wipe(self) -> None:
-        for step in (self.ramdisk.wipe, self.process.scrub_log, self.comfyui.clear_history):
-            try:
-                step()
-            except (RamDiskError, ComfyUIUnavailable, ComfyUICrashed) as error:
-                # The caller still gets the result; the next job's second step tries again and refuses to run.
-                log.error("%s", error)
+        with self.server.serving(None):  # whatever has ended the job
+            for step in (self.ramdisk.wipe, self.process.scrub_log, self.comfyui.clear_history):
+                try:
+                    step()
+                except (RamDiskError, ComfyUIUnavailable, ComfyUICrashed) as error:
+                    # The caller still gets the result; the next job's second step tries again and refuses to run.
+                    log.error("%s", error)
 
     def _diagnostics(self) -> dict[str, Any]:
         return {
@@ -194,8 +205,8 @@ class Endpoint:
             raise
         finally:
             await sender.close()
-        if result.get("refresh_worker"):
-            self.leave()
+            if work.done() and work.result().get("refresh_worker"):
+                self.leave()
         return result
 
     def _run(self, job: dict[str, Any], control: JobControl, on_progress: Callable[[Progress], None]) -> dict[str, Any]:
@@ -244,7 +255,7 @@ def wait_until_ready(worker: Worker) -> None:
     """Return when ComfyUI answers and `start.sh` says that the models are settled, so that no job waits in a worker
     that cannot run it. Raises ComfyUIUnavailable."""
     started = time.monotonic()
-    worker.comfyui.wait_ready(worker.config.boot_timeout_s)
+    worker.server.wait_ready(worker.config.boot_timeout_s)
     log.info("ComfyUI answers after %.1f s", time.monotonic() - started)
     settled = worker.config.ramdisk_dir / "run" / "models-settled"
     while not settled.exists():

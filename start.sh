@@ -7,7 +7,7 @@ set -Eeuo pipefail
 
 WORKER_DIR=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 comfyui_pid='' handler_pid='' sshd_pid='' models_pid=''
-generation=0 deaths=0 stopping=0
+generation=0 log_start=1 deaths=0 stopping=0
 
 # usage: log LEVEL MESSAGE...
 log() {
@@ -22,6 +22,11 @@ die() {
     shift
     log ERROR "$*"
     exit "$code"
+}
+
+# usage: is_main   false in a background shell, which has our traps until it has got its program: a signal may come before
+is_main() {
+    [[ $BASHPID == "$$" ]]
 }
 
 # usage: uptime_s   whole seconds since the machine was started; bash's SECONDS jumps with the wall clock
@@ -140,12 +145,11 @@ Subsystem sftp internal-sftp
 CONFIG
 }
 
-# usage: note FILE WORD...   one line for the handler, which must never read half of it
+# usage: note FILE WORD...   one line for the handler, which must never read half of it; false on a full RAM disk
 note() {
     local file=$RAMDISK_DIR/run/$1
     shift
-    printf '%s\n' "$*" >"$file.part"
-    mv -- "$file.part" "$file"
+    { printf '%s\n' "$*" >"$file.part" && mv -- "$file.part" "$file"; } 2>/dev/null
 }
 
 # usage: start_models   links at once what needs no network; downloads the rest beside ComfyUI's boot
@@ -168,7 +172,7 @@ on_models_end() {
 
 # usage: start_comfyui   on 127.0.0.1 always, with its files on the RAM disk and without the worker's secrets
 start_comfyui() {
-    local log_file=$RAMDISK_DIR/run/comfyui.log log_start args
+    local log_file=$RAMDISK_DIR/run/comfyui.log args
     read -rd '' -a args <<<"$COMFYUI_ARGS" || true
     args+=( # after COMFYUI_ARGS: of two equal flags argparse takes the last, whatever the first was abbreviated to
         --listen 127.0.0.1 --port "$COMFYUI_PORT" --disable-auto-launch
@@ -189,7 +193,7 @@ start_comfyui() {
         exec setsid "$COMFYUI_PYTHON" "$WORKER_DIR/worker/launcher.py" main.py "${args[@]}"
     ) >>"$log_file" 2>&1 &
     comfyui_pid=$!
-    note comfyui "$comfyui_pid" "$generation"
+    note comfyui "$comfyui_pid" "$generation" || die 1 "RAMDISK_DIR=$RAMDISK_DIR is full; give the container --shm-size."
     # Ends by itself within a second after ComfyUI.
     tail -c "+$log_start" -f --pid="$comfyui_pid" -- "$log_file" >&2 2>/dev/null &
     watch_boot "$!" &
@@ -208,7 +212,7 @@ watch_boot() {
         while kill "$1" 2>/dev/null; do sleep 0.01; done
     fi
     log INFO "ComfyUI listens on 127.0.0.1:$COMFYUI_PORT after $(($(uptime_s) - started)) s."
-    note listened "$generation" # only now the handler takes jobs
+    until note listened "$generation"; do sleep 1; done # only now the handler takes jobs
 }
 
 # usage: start_handler   only as a serverless worker
@@ -221,12 +225,12 @@ start_handler() {
 # usage: on_comfyui_death EXIT_CODE   starts it again, within bounds; a finished job resets the count
 on_comfyui_death() {
     local hint=''
-    note ended "$generation" "$1"
+    note ended "$generation" "$1" || log WARNING "The RAM disk is full; the job is not told ComfyUI's exit code."
     [[ $1 != 137 ]] || hint=' (SIGKILL: out of memory, or killed by the handler)'
     kill_group "$comfyui_pid" # what its nodes have started may hold the GPU
     log ERROR "ComfyUI ended with code $1$hint."
     if [[ $(cat -- "$RAMDISK_DIR/run/listened" 2>/dev/null) != "$generation" ]]; then # else it may hold a caller's words
-        tail -n 20 -- "$RAMDISK_DIR/run/comfyui.log" >&2
+        tail -c "+$log_start" -- "$RAMDISK_DIR/run/comfyui.log" | tail -n 20 >&2
     fi
     [[ -e $RAMDISK_DIR/run/listened ]] || die 1 "ComfyUI died while booting; the end of its log is above."
     if [[ $(cat -- "$RAMDISK_DIR/run/last-success" 2>/dev/null) == "$generation" ]]; then deaths=0; fi
@@ -238,29 +242,44 @@ on_comfyui_death() {
 
 # usage: supervise   returns never: the handler's end is the container's end
 supervise() {
-    local ended code
+    local code
     while true; do
-        ended='' code=0
-        wait -n -p ended || code=$?
-        case ${ended:-none} in
-        "$comfyui_pid") on_comfyui_death "$code" ;;
-        "$handler_pid") on_handler_end "$code" ;;
-        "$models_pid") on_models_end "$code" ;;
-        "$sshd_pid") log WARNING "sshd ended with code $code; no SSH any more." ;;
-        esac
+        # Looked for one by one, because bash's `wait -n` never tells of a child that a signal killed while another
+        # command ran in the foreground (5.2); it only tells that it is time to look again.
+        if has_ended "$handler_pid"; then
+            on_handler_end "$code"
+        elif has_ended "$comfyui_pid"; then
+            on_comfyui_death "$code"
+        elif has_ended "$models_pid"; then
+            on_models_end "$code"
+        elif has_ended "$sshd_pid"; then
+            sshd_pid=''
+            log WARNING "sshd ended with code $code; no SSH any more."
+        else
+            wait -n || true
+        fi
     done
+}
+
+# usage: has_ended PID   true when this child is no more: its exit code is in `code` then; PID may be empty
+has_ended() {
+    [[ -n $1 ]] && ! kill -0 "$1" 2>/dev/null || return 1
+    code=0
+    wait "$1" || code=$?
 }
 
 # usage: on_handler_end EXIT_CODE   the end of the container, in whatever way
 on_handler_end() {
-    ((stopping)) && exit 0
-    (($1 == 0)) || log ERROR "The handler ended with code $1."
-    exit "$1"
+    local code=$1
+    ((code != 143 || !stopping)) || code=0 # it had not yet taken SIGTERM over
+    ((code == 0)) || log ERROR "The handler ended with code $code."
+    exit "$code"
 }
 
 # usage: stop   SIGTERM: a running job is finished and posted first, and ComfyUI supervised until then; SIGINT does not
 #               wait for it
 stop() {
+    is_main || exit 143
     log INFO "Stopping."
     stopping=1
     [[ -n $handler_pid ]] || exit 0
@@ -270,6 +289,7 @@ stop() {
 # usage: clean_up   whatever the way out: no process stays behind and nothing stays on the RAM disk
 clean_up() {
     local code=$? deadline
+    is_main || exit "$code"
     deadline=$(($(uptime_s) + 5))
     trap '' TERM INT EXIT
     kill_jobs TERM

@@ -5,11 +5,21 @@ The shapes were recorded from 0.18.1, 0.3.75 and 0.3.64: `invalid_prompts.json` 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from worker.errors import ExecutionFailed, GpuBroken, JobCancelled, OutOfGpuMemory, PromptRejected, RunFailed
+from worker.errors import (
+    ComfyUICrashed,
+    ComfyUIUnavailable,
+    ExecutionFailed,
+    GpuBroken,
+    JobCancelled,
+    OutOfGpuMemory,
+    PromptRejected,
+    RunFailed,
+)
 from worker.payload import Workflow
 
 MAX_SHOWN_CHARS = 500
@@ -22,70 +32,75 @@ MIN_PRIVATE_CHARS = 8  # shorter values of a workflow ("euler", "a.png") are wor
 
 ModelNote = Callable[[str], str | None]
 """What the worker knows of a model file by its name; None: nothing."""
+Choices = Callable[[str, str], list[str] | None]
+"""What an input of a class (class, input) lets one choose from; None: not known. May raise as a request does."""
 
 
 # --- a refused workflow ----------------------------------------------------------------------------------------------
 
 
-def rejection(status: int, content: Any, model_note: ModelNote) -> PromptRejected:
-    """ComfyUI's refusal of a workflow; ``content`` is the parsed body of its answer, None where that was no JSON."""
-    error = content.get("error") if isinstance(content, dict) else None
-    if not isinstance(error, dict):
-        reason = "it is larger than ComfyUI takes." if status == 413 else "is it in API format?"
-        return PromptRejected(f"ComfyUI refused the workflow with status {status}; {reason}", status=status)
-    node_errors = content.get("node_errors")
-    # For a fault of an upstream node, error.details is empty and only node_errors tell what is wrong.
-    sentences = node_sentences(node_errors, model_note) or [_whole_sentence(error)]
-    return PromptRejected(
-        "ComfyUI refused the workflow: " + " ".join(sentences),
-        type=error.get("type"),
-        node_errors=_trimmed(node_errors),
-    )
+class Refusals:
+    """ComfyUI's refusals as sentences, with what helps to mend the workflow."""
+
+    def __init__(self, model_note: ModelNote, choices: Choices) -> None:
+        self._model_note = model_note
+        self._choices = choices
+
+    def rejection(self, status: int, content: Any) -> PromptRejected:
+        """A refused workflow; ``content`` is the parsed body of the answer, None where that was no JSON."""
+        error = content.get("error") if isinstance(content, dict) else None
+        if not isinstance(error, dict):
+            reason = "it is larger than ComfyUI takes." if status == 413 else "is it in API format?"
+            return PromptRejected(f"ComfyUI refused the workflow with status {status}; {reason}", status=status)
+        node_errors = content.get("node_errors")
+        # For a fault of an upstream node, error.details is empty and only node_errors tell what is wrong.
+        sentences = self.node_sentences(node_errors) or [_whole_sentence(error)]
+        return PromptRejected(
+            "ComfyUI refused the workflow: " + " ".join(sentences),
+            type=error.get("type"),
+            node_errors=_trimmed(node_errors),
+        )
+
+    def node_sentences(self, node_errors: Any) -> list[str]:
+        """A sentence for each fault of each node, at most MAX_SENTENCES and one that counts the rest."""
+        if not isinstance(node_errors, dict):
+            return []
+        faults = [(node_id, node, error) for node_id, node in node_errors.items() for error in node.get("errors", [])]
+        sentences = [
+            f"Node {node_id} ({node.get('class_type')}): {self._fault_sentence(str(node.get('class_type')), error)}"
+            for node_id, node, error in faults[:MAX_SENTENCES]
+        ]
+        if len(faults) > MAX_SENTENCES:
+            sentences.append(f"{len(faults) - MAX_SENTENCES} more faults are not listed.")
+        return sentences
+
+    def _fault_sentence(self, class_type: str, error: dict[str, Any]) -> str:
+        extra = error.get("extra_info")
+        if error.get("type") != "value_not_in_list" or not isinstance(extra, dict):
+            return joined(error.get("message"), error.get("details"))
+        value, input_name = str(extra.get("received_value")), str(extra.get("input_name"))
+        choices = None
+        # Asked for: of more than 20 choices, the refusal itself has none (execution.py, 0.18.1 and 0.3.64).
+        with contextlib.suppress(ComfyUIUnavailable, ComfyUICrashed):
+            choices = self._choices(class_type, input_name)
+        sentence = f"{input_name} is {value!r}, which ComfyUI does not have{_offer(value, choices)}."
+        note = self._model_note(value)
+        return sentence[:MAX_SHOWN_CHARS] + (f" {note}" if note else "")
 
 
-def node_sentences(node_errors: Any, model_note: ModelNote) -> list[str]:
-    """A sentence for each fault of each node, at most MAX_SENTENCES and one that counts the rest."""
-    if not isinstance(node_errors, dict):
-        return []
-    faults = [(node_id, node, error) for node_id, node in node_errors.items() for error in node.get("errors", [])]
-    sentences = [
-        f"Node {node_id} ({node.get('class_type')}): {_fault_sentence(error, model_note)}"
-        for node_id, node, error in faults[:MAX_SENTENCES]
-    ]
-    if len(faults) > MAX_SENTENCES:
-        sentences.append(f"{len(faults) - MAX_SENTENCES} more faults are not listed.")
-    return sentences
-
-
-def _fault_sentence(error: dict[str, Any], model_note: ModelNote) -> str:
-    extra = error.get("extra_info")
-    if error.get("type") != "value_not_in_list" or not isinstance(extra, dict):
-        return joined(error.get("message"), error.get("details"))
-    value, choices = str(extra.get("received_value")), _choices(extra.get("input_config"))
-    sentence = f"{extra.get('input_name')} is {value!r}, which ComfyUI does not have; {_offer(value, choices)}."
-    note = model_note(value)
-    return sentence[:MAX_SHOWN_CHARS] + (f" {note}" if note else "")
-
-
-def _choices(input_config: Any) -> list[str]:
-    """V1 nodes give [[choice, ...], {...}], V3 nodes ["COMBO", {"options": [choice, ...]}] (0.18.1)."""
-    match input_config:
-        case [list() as choices, *_] | [str(), {"options": list() as choices}, *_]:
-            return [str(choice) for choice in choices]
-    return []
-
-
-def _offer(value: str, choices: list[str]) -> str:
+def _offer(value: str, choices: list[str] | None) -> str:
     """The choices nearest to ``value``, by the file's name alone where it stands in a folder."""
+    if choices is None:
+        return ""
     if not choices:
-        return "it has nothing to choose from there"
+        return "; it has nothing to choose from there"
     by_name = {choice.rpartition("/")[2].casefold(): choice for choice in reversed(choices)}
     wanted = value.rpartition("/")[2].casefold()
     near = difflib.get_close_matches(wanted, by_name, n=MAX_CHOICES, cutoff=MIN_LIKENESS)
     if near:
-        return "the nearest it has: " + ", ".join(repr(by_name[name]) for name in near)
+        return "; the nearest it has: " + ", ".join(repr(by_name[name]) for name in near)
     more = f" and {len(choices) - MAX_CHOICES} more" if len(choices) > MAX_CHOICES else ""
-    return "it has: " + ", ".join(map(repr, choices[:MAX_CHOICES])) + more
+    return "; it has: " + ", ".join(map(repr, choices[:MAX_CHOICES])) + more
 
 
 def _whole_sentence(error: dict[str, Any]) -> str:
@@ -128,11 +143,11 @@ def failure_of(status: dict[str, Any], workflow: Workflow, secrets: Iterable[str
 
     ``secrets`` are masked wherever they stand, the workflow's own texts in the traceback; but for the shortest of them.
     """
-    if status.get("status_str") != "error":
-        return None
     messages = {kind: data for kind, data in status.get("messages", [])}
+    # A cycle that comes up in the run is an error in a record whose status says success (0.18.1, execution.py).
     if "execution_error" not in messages:
-        return JobCancelled("The workflow was interrupted in ComfyUI.")
+        was_stopped = status.get("status_str") == "error"
+        return JobCancelled("The workflow was interrupted in ComfyUI.") if was_stopped else None
     error, secrets = messages["execution_error"], [word for word in secrets if len(word) >= MIN_PRIVATE_CHARS]
     kind = str(error.get("exception_type"))
     message = _masked(str(error.get("exception_message")).strip(), secrets)[:MAX_MESSAGE_CHARS]

@@ -25,6 +25,7 @@ WorkerError
     ├── RamDiskError          RAM_DISK_ERROR        the RAM disk is not usable; the worker is replaced
     ├── RamDiskFull           RAM_DISK_FULL         no room for the inputs
     ├── ComfyUIUnavailable    COMFYUI_UNAVAILABLE   it does not answer
+    ├── ComfyUIStuck          COMFYUI_STUCK         its process cannot be ended; the worker is replaced
     └── ComfyUICrashed        COMFYUI_CRASHED       the process ended in the middle of the job
 ```
 """
@@ -138,6 +139,11 @@ class RamDiskFull(WorkerFault):
 
 class ComfyUIUnavailable(WorkerFault):
     code = "COMFYUI_UNAVAILABLE"
+
+
+class ComfyUIStuck(WorkerFault):
+    code = "COMFYUI_STUCK"
+    replace_worker = True
 
 
 class ComfyUICrashed(WorkerFault):

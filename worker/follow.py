@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from worker.comfyui import LOOK_TIMEOUT_S, ComfyUI
-from worker.comfyui_errors import failure_of
+from worker.comfyui import ComfyUI
+from worker.comfyui_errors import failure_of, joined
 from worker.control import JobControl
 from worker.errors import ComfyUICrashed, ComfyUIUnavailable, HistoryMissing, JobCancelled, JobTimeout
 from worker.feed import Feed
@@ -29,6 +29,9 @@ QUIET_S = 2.0  # without a message for so long, /queue and /history are asked
 HISTORY_WAITS_S = (0.010, 0.050, 0.250, 1.250, 6.250)
 MAX_AMOUNT = 1e15  # of steps; JSON has numbers that no float can hold
 _PREVIEW_EVENT = 1  # binary frame: u32 event, u32 format, image (ComfyUI's protocol.py)
+# A node has stopped the branches behind it, on purpose and with a reason; the run goes on, and the history does not
+# have the reason (execution.py, 0.18.1).
+_BLOCKED = "ExecutionBlocked"
 _PICTURES_BY_SOCKET = "SaveImageWebsocket"
 
 Progress = dict[str, Any]
@@ -68,6 +71,7 @@ class PromptRun:
         api_key: str | None,
     ) -> None:
         self._comfyui = comfyui
+        self._server = comfyui.server
         self._workflow = workflow
         self._control = control
         self._on_progress = on_progress
@@ -84,18 +88,17 @@ class PromptRun:
         Raises PromptRejected, ExecutionFailed, OutOfGpuMemory, GpuBroken, JobTimeout, JobCancelled, HistoryMissing, and
         what ComfyUI's methods raise.
         """
-        feed = Feed(self._comfyui.port, client_id=uuid.uuid4().hex, clock=self._comfyui.clock)
+        feed = Feed(self._server.port, client_id=uuid.uuid4().hex, clock=self._server.clock)
         try:
             # Socket first: messages can arrive before the POST is answered, and what is sent to nobody is lost.
             feed.open()
             self._control.check()
-            self._outcome.warnings = self._comfyui.submit(
+            self._outcome.warnings += self._comfyui.submit(
                 self._workflow,
                 self._outcome.prompt_id,
                 feed.client_id,
                 self._api_key,
-                check=self._control.check,
-                grace_s=self._interrupt_grace_s,
+                self._interrupt_grace_s,
             )
             self._follow(feed)
             record = self._read_history()
@@ -114,25 +117,30 @@ class PromptRun:
     def _take_record(self, record: dict[str, Any]) -> None:
         """Read the record's ``status`` before its outputs: those of branches that finished before an error are kept."""
         status = record.get("status") or {}
-        failure = failure_of(status, self._workflow, [self._api_key] if self._api_key else [])
-        if failure is not None:
-            raise failure
-        self._outcome.outputs = record.get("outputs") or {}
         self._outcome.cached = frozenset(
             str(node_id)
             for kind, data in status.get("messages", [])
             if kind == "execution_cached"
             for node_id in data.get("nodes") or ()
         )
+        failure = failure_of(status, self._workflow, [self._api_key] if self._api_key else [])
+        if failure is not None:
+            raise failure
+        self._outcome.outputs = record.get("outputs") or {}
+
+    @property
+    def cached(self) -> frozenset[str]:
+        """The nodes that did not run, also of a prompt that failed."""
+        return self._outcome.cached
 
     def _follow(self, feed: Feed) -> None:
         """Return when the prompt has ended, in whatever way, and what it had sent by then has been read."""
-        quiet_since = self._comfyui.clock()
+        quiet_since = self._server.clock()
         ended_at: float | None = None  # when the queue and the history said so, not the websocket
         while True:
             self._control.check()
             message = feed.receive(TICK_S)
-            now = self._comfyui.clock()
+            now = self._server.clock()
             if isinstance(message, bytes):
                 self._take_binary(message)
             elif message is not None and self._is_ours(message):
@@ -151,14 +159,13 @@ class PromptRun:
 
     def _has_ended(self) -> bool:
         """Ask ComfyUI itself. The queue first: a prompt enters the history in the same step in which it leaves it."""
-        self._comfyui.raise_if_dead()  # the one that answers may be its successor
+        self._server.raise_if_dead()  # the one that answers may be its successor
         try:
-            if self._comfyui.has_queued(self._outcome.prompt_id, LOOK_TIMEOUT_S):
+            if self._comfyui.has_queued(self._outcome.prompt_id):
                 return False
-            if self._comfyui.history(self._outcome.prompt_id, LOOK_TIMEOUT_S) is not None:
+            if self._comfyui.history(self._outcome.prompt_id) is not None:
                 return True
         except ComfyUIUnavailable:
-            self._comfyui.raise_if_hung()
             return False  # slow, not dead: the next look, the deadline or the process will tell
         if self._terminal_seen:
             return True
@@ -166,32 +173,30 @@ class PromptRun:
 
     def _stop(self) -> None:
         """Make ComfyUI let go of the prompt, so that it computes for nobody."""
-        try:
-            stopped = self._comfyui.stop([self._outcome.prompt_id], self._interrupt_grace_s)
-        except ComfyUIUnavailable:
-            stopped = False
-        except ComfyUICrashed:
-            return
-        if not stopped:
-            log.warning("ComfyUI did not stop within %g s; killing it", self._interrupt_grace_s)
-            self._comfyui.kill()
+        with contextlib.suppress(ComfyUICrashed):
+            if not self._comfyui.stop([self._outcome.prompt_id], self._interrupt_grace_s):
+                log.warning("ComfyUI did not stop within %g s; ending it", self._interrupt_grace_s)
+                self._server.end()
 
     def _read_history(self) -> dict[str, Any]:
         """The history race: just after ``execution_success`` the record is not there in a third of all looks, for up
         to 12 ms (0.18.1: sent in execution.py, stored in main.py); after ``executing{node: null}`` it always was."""
-        for wait_s in HISTORY_WAITS_S:
+        for wait_s in (*HISTORY_WAITS_S, 0.0):
             with contextlib.suppress(ComfyUIUnavailable):  # a stall is no reason to lose a finished run
                 record = self._comfyui.history(self._outcome.prompt_id)
                 if record is not None:
                     return record
-            self._control.check()
-            self._comfyui.sleep(wait_s)
-        record = self._comfyui.history(self._outcome.prompt_id)
-        if record is not None:
-            return record
+            self._wait(wait_s)
         raise HistoryMissing(
             f"ComfyUI ran the workflow but has no history of it after {sum(HISTORY_WAITS_S):.1f} s; send the job again."
         )
+
+    def _wait(self, wait_s: float) -> None:
+        """Sleep, unless the job has to end meanwhile."""
+        until = self._server.clock() + wait_s
+        while (left_s := until - self._server.clock()) > 0:
+            self._control.check()
+            self._server.sleep(min(left_s, TICK_S))
 
     # --- messages ---
 
@@ -210,6 +215,9 @@ class PromptRun:
             self._finished_nodes.update(map(str, nodes if isinstance(nodes, list) else ()))
         elif kind == "progress":
             self._report(data.get("value"), data.get("max"))
+        elif kind == "execution_error" and data.get("exception_type") == _BLOCKED:
+            where = f"Node {data.get('node_id')} ({data.get('node_type')})"
+            self._outcome.warnings.append(joined(where, data.get("exception_message")))
         elif kind in ("execution_success", "execution_error", "execution_interrupted"):
             self._terminal_seen = True
         return False

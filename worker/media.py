@@ -81,7 +81,7 @@ def _is_whole(data: bytes) -> bool:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return len(data) >= 8 + int.from_bytes(data[4:8], "little")
     if data.startswith(b"GIF8"):
-        return _gif_is_whole(data)
+        return len(data) > 13 and _gif_is_whole(data)
     return _decodes(data)
 
 
@@ -121,11 +121,11 @@ def _jpeg_is_whole(data: bytes) -> bool:
 
 
 def _mp4_is_whole(data: bytes) -> bool:
-    """Boxes, each led by its size and type, fill the file; an index and data are among them (ISO/IEC 14496-12)."""
-    position, kinds = 0, set()
+    """Boxes, each led by its size and type, fill the file; an index is among them (ISO/IEC 14496-12)."""
+    position, has_index = 0, False
     while position + 8 <= len(data):
         size = int.from_bytes(data[position : position + 4], "big")
-        kinds.add(data[position + 4 : position + 8])
+        has_index |= data[position + 4 : position + 8] in (b"moov", b"moof", b"meta")
         if size == 1:  # a 64-bit size follows
             size = int.from_bytes(data[position + 8 : position + 16], "big")
         elif size == 0:  # the last box, as long as the file
@@ -133,7 +133,7 @@ def _mp4_is_whole(data: bytes) -> bool:
         if size < 8:
             return False
         position += size
-    return position <= len(data) and b"mdat" in kinds and bool(kinds & {b"moov", b"moof", b"meta"})
+    return has_index and position <= len(data)
 
 
 def _gif_is_whole(data: bytes) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 from worker.errors import NoOutput, OutputDamaged, ResultTooLarge
 from worker.follow import RunOutcome
 from worker.media import is_cut_short
-from worker.payload import Workflow
 from worker.ramdisk import RamDisk
 
 # The limits count the posted JSON body; RunPod documents 10 MB, and 20 MB for jobs of /runsync, whose ids show it.
@@ -58,7 +57,7 @@ def result_limit_bytes(job_id: str, override: int | None) -> int:
 
 
 @dataclass(frozen=True)
-class _Output:
+class Output:
     """One file that ComfyUI wrote (``kind`` output or temp), or one picture that came by websocket (``data``)."""
 
     node_id: str
@@ -70,7 +69,7 @@ class _Output:
     @property
     def path(self) -> str:
         """Relative to the RAM disk."""
-        return "/".join(part for part in (self.kind, self.subfolder, self.filename) if part)
+        return str(PurePosixPath(self.kind, self.subfolder, self.filename))
 
     def size_bytes(self, ramdisk: RamDisk) -> int:
         return ramdisk.size_of(self.kind, self.subfolder, self.filename) if self.data is None else len(self.data)
@@ -78,7 +77,7 @@ class _Output:
     def read(self, ramdisk: RamDisk) -> bytes:
         """Raises OutputMissing or OutputDamaged."""
         data = ramdisk.read(self.kind, self.subfolder, self.filename) if self.data is None else self.data
-        if is_cut_short(data):
+        if self.category != "files" and is_cut_short(data):
             raise OutputDamaged(
                 f"ComfyUI wrote {self.filename!r} only in part ({len(data)} bytes); send the job again.",
                 file=self.filename,
@@ -86,14 +85,22 @@ class _Output:
             )
         return data
 
-    def item(self, size_bytes: int) -> tuple[str, dict[str, Any]]:
-        """The result's list that this belongs to, and its item with ``data`` still empty."""
-        media_type = _MEDIA_TYPES.get(PurePosixPath(self.filename).suffix.lower(), "application/octet-stream")
-        return _CATEGORIES.get(media_type.partition("/")[0], "files"), {
+    @property
+    def media_type(self) -> str:
+        return _MEDIA_TYPES.get(PurePosixPath(self.filename).suffix.lower(), "application/octet-stream")
+
+    @property
+    def category(self) -> str:
+        """The result's list that this belongs to."""
+        return _CATEGORIES.get(self.media_type.partition("/")[0], "files")
+
+    def item(self, size_bytes: int) -> dict[str, Any]:
+        """Its item in that list, with ``data`` still empty."""
+        return {
             "filename": self.filename,
             "type": "base64",
             "data": "",
-            "media_type": media_type,
+            "media_type": self.media_type,
             "size_bytes": size_bytes,
             "node_id": self.node_id,
             "subfolder": self.subfolder,
@@ -107,15 +114,15 @@ def collect_outputs(outcome: RunOutcome, ramdisk: RamDisk, limit_bytes: int) -> 
     or ResultTooLarge, the last before any file is read.
     """
     texts = _texts(outcome.outputs)
-    found = _find_files(outcome)
+    found = returned_files(outcome)
     if not found and not texts:
         told = "The workflow ran and gave nothing; does it end in a SaveImage node or another output node?"
-        raise NoOutput(" ".join([told, *_unnamed_files(outcome, ramdisk)]))
+        raise NoOutput(" ".join([told, *outcome.warnings, *unnamed_files(outcome, ramdisk)]))
     lists: dict[str, list[dict[str, Any]]] = {"images": []}
     pairs = []
     for output in found:
-        category, item = output.item(output.size_bytes(ramdisk))
-        lists.setdefault(category, []).append(item)
+        item = output.item(output.size_bytes(ramdisk))
+        lists.setdefault(output.category, []).append(item)
         pairs.append((output, item))
     if texts:
         lists["texts"] = texts
@@ -125,43 +132,35 @@ def collect_outputs(outcome: RunOutcome, ramdisk: RamDisk, limit_bytes: int) -> 
     return lists
 
 
-def output_warnings(outcome: RunOutcome, workflow: Workflow, ramdisk: RamDisk) -> list[str]:
-    """What a caller should know of outputs that are not what they seem."""
-    return [*_shared_names(outcome, workflow), *_unnamed_files(outcome, ramdisk)]
+def unnamed_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[str]:
+    """A sentence for files that a node has saved without a word in the history: they are not returned.
 
-
-def _shared_names(outcome: RunOutcome, workflow: Workflow) -> list[str]:
-    """Two nodes that name one file: the later one has overwritten the other's, unless they are one execution."""
-    makers: dict[str, dict[str, str]] = {}
-    for output in _find_files(outcome):
-        node = workflow.get(output.node_id, {})
-        same = json.dumps([node.get("class_type"), node.get("inputs")], sort_keys=True)
-        makers.setdefault(output.path, {}).setdefault(same, output.node_id)
-    return [
-        f"The nodes {' and '.join(node_ids.values())} name the same file, {path!r}; it has the content of one of them."
-        for path, node_ids in makers.items()
-        if len(node_ids) > 1
+    Not for those beside one that was named and whose name they begin with, such as a video's first picture.
+    """
+    named = [PurePosixPath(output.path) for output in returned_files(outcome)]
+    places = {(path.parent, path.name) for path in named}
+    unnamed = [
+        str(path)
+        for path in map(PurePosixPath, ramdisk.list_files(("output",)))
+        if (path.parent, path.name) not in places
+        and not any(path.parent == other.parent and path.name.startswith(other.stem) for other in named)
     ]
-
-
-def _unnamed_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[str]:
-    """Files that a node has saved without a word in the history: they are not returned."""
-    named = {output.path for output in _find_files(outcome)}
-    unnamed = [path for path in ramdisk.list_files(("output",)) if path not in named]
     if not unnamed:
         return []
     more = f" and {len(unnamed) - MAX_NAMED_FILES} more" if len(unnamed) > MAX_NAMED_FILES else ""
-    shown = ", ".join(repr(path) for path in unnamed[:MAX_NAMED_FILES])
+    shown = ", ".join(map(repr, unnamed[:MAX_NAMED_FILES]))
     return [f"ComfyUI wrote files that no node names, so they are not returned: {shown}{more}."]
 
 
-def _find_files(outcome: RunOutcome) -> list[_Output]:
-    """Every key of ``outputs[node_id]`` can hold files: images, gifs, audio, latents, ...
+def returned_files(outcome: RunOutcome) -> list[Output]:
+    """What is returned: all that was saved, else the previews.
+
+    Every key of ``outputs[node_id]`` can hold files: images, gifs, audio, latents, ...
 
     SaveVideo and SaveWEBM name theirs under ``images`` (0.18.1, 0.3.64).
     """
     found = [
-        _Output(node_id, str(entry["filename"]), str(entry.get("subfolder") or ""), str(entry.get("type") or "output"))
+        Output(node_id, str(entry["filename"]), str(entry.get("subfolder") or ""), str(entry.get("type") or "output"))
         for node_id, output in outcome.outputs.items()
         for entries in output.values()
         if isinstance(entries, list)
@@ -170,7 +169,7 @@ def _find_files(outcome: RunOutcome) -> list[_Output]:
     ]
     saved = [output for output in found if output.kind == "output"]
     saved += [
-        _Output(node_id, f"websocket_{position:05}_{_extension(data)}", data=data)
+        Output(node_id, f"websocket_{position:05}_{_extension(data)}", data=data)
         for position, (node_id, data) in enumerate(outcome.socket_images, start=1)
     ]
     return saved or [output for output in found if output.kind == "temp"]

@@ -119,10 +119,10 @@ class ComfyUIProcess:
             return None
         return exit_code if generation == state.generation else None
 
-    def kill(self, state: ProcessState) -> None:
-        """End a ComfyUI that does not let go of a prompt, and wait until it is gone, at most KILL_TIMEOUT_S.
+    def kill(self, state: ProcessState) -> bool:
+        """End a ComfyUI that does not let go of a prompt, and wait until it is gone. `start.sh` starts the next one.
 
-        `start.sh` starts the next one.
+        False where it lives on after KILL_TIMEOUT_S: the kernel does not end a process that hangs in a driver.
         """
         if self.is_alive(state):
             with contextlib.suppress(ProcessLookupError):
@@ -130,6 +130,7 @@ class ComfyUIProcess:
         deadline = time.monotonic() + KILL_TIMEOUT_S
         while self.is_alive(state) and time.monotonic() < deadline:
             time.sleep(KILL_POLL_S)
+        return not self.is_alive(state)
 
     def note_success(self, state: ProcessState) -> None:
         """Tell `start.sh` that this start finished a job, so its death counts as the first again."""

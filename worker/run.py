@@ -2,26 +2,32 @@
 
 ComfyUI answers what it has computed before from its cache: "success", naming a file that the wipe removed, or, worse, a
 name that another node has used again since. So every output node that nothing links from gets an input that no other
-job has (the nonce), and runs; where that is not possible, or not enough, the prompt is sent once more.
+job has (the nonce), and runs; where that is not possible, or not enough, the prompt is sent once more. What the nonce
+does not reach comes from the cache again, so that costs little, and the models stay where they are.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import secrets
 from collections.abc import Callable, Collection
 
 from worker.comfyui import ComfyUI
 from worker.control import JobControl
-from worker.errors import ComfyUICrashed, ComfyUIUnavailable, ExecutionFailed, OutOfGpuMemory
+from worker.errors import ExecutionFailed, OutOfGpuMemory, WorkerError
 from worker.follow import Progress, PromptRun, RunOutcome
+from worker.outputs import returned_files
 from worker.payload import Workflow
 
 log = logging.getLogger(__name__)
 
 NONCE_INPUT = "__job_nonce"
-MAX_PROMPTS = 6  # one that succeeds, and each of the reasons below once or twice
+MAX_STALE = 3  # prompts for want of this job's files; the wish for an empty cache may come a prompt late
+MAX_LOST_PICTURES = 1
+MAX_MISSING_FILES = 1
+_OUR_FOLDERS = re.compile(r"[/\\](temp|output)[/\\]")
 
 
 def run_workflow(
@@ -38,11 +44,11 @@ def run_workflow(
 
     ``discard_outputs`` removes what a prompt has saved, before the next one.
     """
-    fresh = _free_output_nodes(comfyui, workflow)
-    for prompts_left in reversed(range(MAX_PROMPTS)):
+    plan = _Plan(comfyui, workflow)
+    while True:
         run = PromptRun(
             comfyui,
-            with_nonce(workflow, fresh),
+            with_nonce(workflow, plan.fresh),
             control=control,
             on_progress=on_progress,
             interrupt_grace_s=interrupt_grace_s,
@@ -51,25 +57,16 @@ def run_workflow(
         try:
             outcome = run.complete()
         except ExecutionFailed as error:
-            if NONCE_INPUT not in error.message or not prompts_left or not fresh:
+            if not plan.mends(error, run.cached):
                 raise
-            refusing = comfyui.note_nonce_refusal(str(error.details["node_type"]))
-            fresh = {node_id for node_id in fresh if workflow[node_id]["class_type"] not in refusing}
-            log.info("a node does not take the extra input; running again without it")
-            discard_outputs()
-            continue
         except OutOfGpuMemory:
-            with contextlib.suppress(ComfyUIUnavailable, ComfyUICrashed):
+            with contextlib.suppress(WorkerError):
                 comfyui.free_memory()  # for the next job
             raise
-        stale = _stale_nodes(outcome)
-        if not prompts_left or not (stale or outcome.pictures_lost):
-            if outcome.pictures_lost:
-                outcome.warnings.append("The websocket to ComfyUI broke; pictures sent over it may be missing.")
-            return outcome
-        fresh = _refresh(comfyui, workflow, fresh, stale)
+        else:
+            if not plan.improves(outcome):
+                return outcome
         discard_outputs()
-    raise AssertionError  # the last round returns or raises
 
 
 def with_nonce(workflow: Workflow, node_ids: Collection[str]) -> Workflow:
@@ -84,43 +81,86 @@ def with_nonce(workflow: Workflow, node_ids: Collection[str]) -> Workflow:
     }
 
 
-def _free_output_nodes(comfyui: ComfyUI, workflow: Workflow) -> set[str]:
-    """The output nodes that nothing links from and that take the nonce.
+class _Plan:
+    """Which nodes of a workflow have to run in its next prompt (``fresh``), and whether there is to be one."""
 
-    Not those with consumers: with a nonce, all that comes after them would run again in every job.
-    """
-    linked = {
-        value[0]
-        for node in workflow.values()
-        for value in node["inputs"].values()
-        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
-    }
-    return {
-        node_id
-        for node_id, node in workflow.items()
-        if node_id not in linked
-        and comfyui.is_output_class(node["class_type"])
-        and comfyui.takes_nonce(node["class_type"])
-    }
+    def __init__(self, comfyui: ComfyUI, workflow: Workflow) -> None:
+        self._comfyui = comfyui
+        self._workflow = workflow
+        self._stale_left = MAX_STALE
+        self._pictures_left = MAX_LOST_PICTURES
+        self._files_left = MAX_MISSING_FILES
+        linked = {source for node_id in workflow for source in self._sources(node_id)}
+        # Not those that others link from: with a nonce, all that comes after them would run again in every job.
+        self.fresh = {
+            node_id
+            for node_id, node in workflow.items()
+            if node_id not in linked and comfyui.is_output_class(node["class_type"]) and self._takes_nonce(node_id)
+        }
 
+    def mends(self, error: ExecutionFailed, cached: frozenset[str]) -> bool:
+        """Whether the failure is of our making and the next prompt is without it."""
+        node_id, kind = str(error.details["node_id"]), str(error.details["exception_type"])
+        message = str(error.details["exception_message"])
+        if kind == "TypeError" and NONCE_INPUT in message and node_id in self.fresh:
+            # A strict signature behind "takes any input".
+            self._comfyui.note_nonce_refusal(self._workflow[node_id]["class_type"])
+            self.fresh = {fresh for fresh in self.fresh if self._takes_nonce(fresh)}
+            log.info("running again: a node does not take the extra input")
+            return True
+        if kind.endswith("FileNotFoundError") and _OUR_FOLDERS.search(message) and self._files_left:
+            # A cached node has handed on the path of a file that the wipe removed.
+            makers = {maker for maker in self._upstream(node_id) & cached if self._takes_nonce(maker)}
+            self._files_left -= 1
+            self.fresh |= makers
+            log.info("running again: %d cached nodes, one of which had made a file", len(makers))
+            return bool(makers)
+        return False
 
-def _stale_nodes(outcome: RunOutcome) -> set[str]:
-    """Nodes that did not run and yet name files: those of an earlier job."""
-    return {
-        node_id
-        for node_id in outcome.cached & outcome.outputs.keys()
-        for entries in outcome.outputs[node_id].values()
-        if isinstance(entries, list)
-        for entry in entries
-        if isinstance(entry, dict) and "filename" in entry and entry.get("type") != "input"
-    }
+    def improves(self, outcome: RunOutcome) -> bool:
+        """Whether the outcome is not what it should be and another prompt can help."""
+        stale = {output.node_id for output in returned_files(outcome)} & outcome.cached
+        if stale and self._stale_left:
+            self._stale_left -= 1
+            for node_id in stale:
+                self._refresh(node_id)
+            log.info("running again: %d nodes named files of an earlier job", len(stale))
+            return True
+        if outcome.pictures_lost and self._pictures_left:
+            self._pictures_left -= 1
+            log.info("running again: pictures may have been lost with the websocket")
+            return True
+        if outcome.pictures_lost:
+            outcome.warnings.append("The websocket to ComfyUI broke; pictures sent over it may be missing.")
+        return False
 
+    def _refresh(self, node_id: str) -> None:
+        """Have a node run in the next prompt: by its own nonce, by that of one that it links from, else by an empty
+        cache, which costs the whole workflow and unloads the models too."""
+        able = [candidate for candidate in (node_id, *self._sources(node_id)) if self._takes_nonce(candidate)]
+        if able:
+            self.fresh.add(able[0])
+        else:
+            self._comfyui.free_memory()
 
-def _refresh(comfyui: ComfyUI, workflow: Workflow, fresh: set[str], stale: set[str]) -> set[str]:
-    """Make sure that the stale nodes run in the next prompt: by the nonce, which costs what comes after them, else by
-    an empty cache, which costs the whole workflow and unloads the models too. Returns the nodes for the nonce."""
-    takers = {node_id for node_id in stale if comfyui.takes_nonce(workflow[node_id]["class_type"])}
-    log.info("running again: %d nodes named files of an earlier job", len(stale))
-    if takers != stale:
-        comfyui.free_memory()
-    return fresh | takers
+    def _takes_nonce(self, node_id: str) -> bool:
+        return self._comfyui.takes_nonce(self._workflow[node_id]["class_type"])
+
+    def _sources(self, node_id: str) -> list[str]:
+        """The nodes that a node links from."""
+        values = self._workflow[node_id]["inputs"].values() if node_id in self._workflow else ()
+        return [
+            value[0]
+            for value in values
+            if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[0] in self._workflow
+        ]
+
+    def _upstream(self, node_id: str) -> set[str]:
+        found: set[str] = set()
+        pending = self._sources(node_id)
+        while pending:
+            source = pending.pop()
+            if source not in found:
+                found.add(source)
+                pending += self._sources(source)
+        return found

@@ -6,8 +6,9 @@ has, and of its nodes all but StandinCheckpoint, whose model no real sampler cou
 """
 
 from .hooks import install
-from .own_nodes import StandinSleep, StandinStrict, StandinTee
+from .own_nodes import StandinFromFile, StandinSleep, StandinStrict, StandinTee, StandinToFile
 
-NODE_CLASS_MAPPINGS = {node.__name__: node for node in (StandinSleep, StandinStrict, StandinTee)}
+_NODES = (StandinSleep, StandinStrict, StandinTee, StandinToFile, StandinFromFile)
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
 
 install()  # at import: ComfyUI calls nothing in a package of V1 nodes

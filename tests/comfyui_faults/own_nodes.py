@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+import uuid
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
+import folder_paths
+import numpy
+import torch
 from nodes import SaveImage
+from PIL import Image
 
 
 class StandinSleep:
@@ -73,3 +79,37 @@ class StandinTee:
 
     def run(self, images: Any, filename_prefix: str, prompt: Any = None, extra_pnginfo: Any = None) -> dict[str, Any]:
         return {**SaveImage().save_images(images, filename_prefix, prompt, extra_pnginfo), "result": (images,)}
+
+
+class StandinToFile:
+    """Writes the first image into the temp folder and gives the path, as nodes for video do."""
+
+    CATEGORY = "image"
+    RETURN_TYPES = ("STRING",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"image": ("IMAGE",)}}
+
+    def run(self, image: Any) -> tuple[str]:
+        path = Path(folder_paths.get_temp_directory(), f"standin_{uuid.uuid4().hex}.png")
+        Image.fromarray((image[0].cpu().numpy() * 255).astype("uint8")).save(path)
+        return (str(path),)
+
+
+class StandinFromFile:
+    """The image at a path."""
+
+    CATEGORY = "image"
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"path": ("STRING", {"default": ""})}}
+
+    def run(self, path: str) -> tuple[Any]:
+        with Image.open(path) as picture:
+            pixels = numpy.array(picture.convert("RGB"), dtype="float32") / 255
+        return (torch.from_numpy(pixels)[None],)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfyui_client import ComfyUI, empty, post, save
+from comfyui_client import ComfyUI, empty, post, quick, save
 
 
 def test_steps_of_a_slow_node_are_reported_and_interrupts_act_between_them(fresh: ComfyUI) -> None:
@@ -62,3 +62,17 @@ def test_text_and_seed_are_seen_in_the_pixels(fresh: ComfyUI, standin_only: None
     cat = picture(fresh, "a cat", 1)
     assert picture(fresh, "a cat", 1) == cat
     assert len({cat, picture(fresh, "a dog", 1), picture(fresh, "a cat", 2)}) == 3
+
+
+def test_a_path_that_is_handed_on_comes_from_the_cache_although_the_file_is_gone(fresh: ComfyUI) -> None:
+    workflow = quick(12)
+    workflow["7"] = {"class_type": "StandinToFile", "inputs": {"image": ["1", 0]}}
+    workflow["8"] = {"class_type": "StandinFromFile", "inputs": {"path": ["7", 0]}}
+    workflow["2"]["inputs"]["images"] = ["8", 0]
+    assert fresh.run(workflow).history["status"]["completed"] is True
+    for path in fresh.temp.glob("standin_*.png"):
+        path.unlink()
+    workflow["8"]["inputs"]["nonce"] = "1"  # has to run again
+    messages = fresh.run(workflow).history["status"]["messages"]
+    assert messages[-1][1]["exception_type"] == "FileNotFoundError"
+    assert "/temp/standin_" in messages[-1][1]["exception_message"]

@@ -147,7 +147,8 @@ class Row:
         self.seconds = max(self.seconds, answer.get("executionTime", 0) / 1000)
 
     def next_job_runs(self, driver: Driver) -> None:
-        """A plain job gives the right picture, and then there is nothing left of it or of the one before."""
+        """Nothing is left of the job before; a plain job gives the right picture, and nothing is left of that."""
+        wait_until(lambda: driver.job_files() == [], "the job before is wiped", IDLE_TIMEOUT_S)
         answer = driver.run(invert_job())
         assert answer["status"] == "COMPLETED", answer
         assert is_inverted(answer["output"]["images"][0], picture_bytes())

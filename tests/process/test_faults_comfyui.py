@@ -58,6 +58,8 @@ def test_a_comfyui_that_dies_while_booting_ends_the_worker_and_another_one_does_
         assert broken.worker.process.wait(60) == 1
         assert "ComfyUI died while booting; the end of its log is above." in broken.log()
         assert "ComfyUI ended with code 137" in broken.log()
+        own_words = [line for line in broken.log().splitlines() if " start.sh " not in line]
+        assert any("ComfyUI" in line for line in own_words)  # it had the time to say what it is
         assert broken.status(job_id)["status"] == "IN_QUEUE"
     with start_worker(platform, tmp_path / "second-log") as worker:
         row.succeeds(worker.finish(job_id, timeout_s=60))
@@ -164,6 +166,19 @@ def test_a_value_that_is_not_in_its_list_is_told_with_the_nearest_one(row: Row, 
     said = ("Node 2 (ImageScale): upscale_method is 'lanczoz'", "the nearest it has: 'lanczos'")
     details = row.fails(worker.run(job(workflow)), "PROMPT_REJECTED", *said, "Node 3 (SaveImage): Required input")
     assert set(details["node_errors"]) == {"2", "3"}
+    row.next_job_runs(worker)
+
+
+@pytest.mark.fault("C8")
+def test_of_a_long_list_the_nearest_is_told_too(row: Row, worker: Driver) -> None:
+    """ComfyUI's refusal has no choices where there are more than 20."""
+    workflow = invert_workflow()
+    sampler = {"seed": 1, "steps": 1, "cfg": 1.0, "sampler_name": "eulr", "scheduler": "normal", "denoise": 1.0}
+    empty = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
+    workflow |= {"9": {"class_type": "KSampler", "inputs": {**sampler, "latent_image": ["e", 0]}}, "e": empty}
+    workflow["d"] = {"class_type": "VAEDecode", "inputs": {"samples": ["9", 0]}}
+    workflow["2"]["inputs"]["image"] = ["d", 0]
+    row.fails(worker.run(job(workflow)), "PROMPT_REJECTED", "sampler_name is 'eulr'", "the nearest it has: 'euler'")
     row.next_job_runs(worker)
 
 
@@ -348,7 +363,7 @@ def test_a_comfyui_that_does_not_let_go_is_ended_after_the_grace(row: Row, worke
     row.ends(worker.finish(job_id), "CANCELLED")
     row.next_job_runs(worker)
     assert worker.comfyui_pid() != pid
-    assert f"did not stop within {FAULT_SETTINGS['INTERRUPT_GRACE_S']} s; killing it" in worker.log()
+    assert f"did not stop within {FAULT_SETTINGS['INTERRUPT_GRACE_S']} s; ending it" in worker.log()
 
 
 # --- found on the way ---
@@ -397,3 +412,15 @@ def test_a_comfyui_that_stands_still_for_a_while_is_only_slow(row: Row, worker: 
     row.succeeds(worker.run(slow_job(7)))
     row.next_job_runs(worker)
     assert worker.comfyui_pid() == pid
+
+
+@pytest.mark.fault("C32")
+def test_a_cached_path_to_a_file_of_an_earlier_job_is_no_failure(row: Row, worker: Driver) -> None:
+    workflow = invert_workflow()
+    workflow["7"] = {"class_type": "StandinToFile", "inputs": {"image": ["1", 0]}}
+    workflow["8"] = {"class_type": "StandinFromFile", "inputs": {"path": ["7", 0]}}
+    workflow["2"]["inputs"]["image"] = ["8", 0]
+    for seed in range(3):
+        workflow["8"]["inputs"]["seed"] = seed  # an input that is not known, and new: this node is not cached
+        assert row.succeeds(worker.run(job(workflow)))["warnings"] == []
+    row.next_job_runs(worker)

@@ -308,3 +308,27 @@ def test_a_comfyui_that_dies_after_sigterm_does_not_hold_up_the_end(
         seconds_to_end(leaving, 0)
     with boot_worker(platform, tmp_path / "second-log") as worker:
         row.next_job_runs(worker)
+
+
+@pytest.mark.fault("P22")
+def test_a_handler_that_dies_with_comfyui_ends_the_container(row: Row, platform: Platform, tmp_path: Path) -> None:
+    with boot_worker(platform, tmp_path / "log") as dying:
+        job_id = start_long_job(dying, seconds=1)
+        for pid in (dying.comfyui_pid(), dying.pid_of("rp_handler.py")):
+            os.kill(pid, signal.SIGKILL)
+        seconds_to_end(dying, 137)
+    with boot_worker(platform, tmp_path / "second-log") as worker:
+        row.succeeds(worker.finish(job_id))
+        row.next_job_runs(worker)
+
+
+@pytest.mark.fault("P23")
+def test_sigterm_just_after_comfyui_died_ends_the_worker(row: Row, platform: Platform, tmp_path: Path) -> None:
+    with boot_worker(platform, tmp_path / "log") as leaving:
+        os.kill(leaving.comfyui_pid(), signal.SIGKILL)
+        leaving.worker.process.send_signal(signal.SIGTERM)
+        row.seconds = seconds_to_end(leaving, 0)
+        job_id = leaving.start_job(invert_job())
+    with boot_worker(platform, tmp_path / "second-log") as worker:
+        row.succeeds(worker.finish(job_id))
+        row.next_job_runs(worker)

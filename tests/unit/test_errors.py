@@ -39,7 +39,11 @@ def test_every_code_belongs_to_one_class() -> None:
 
 
 def test_only_what_would_harm_the_next_job_replaces_the_worker() -> None:
-    assert [error.__name__ for error in all_below(WorkerError) if error.replace_worker] == ["GpuBroken", "RamDiskError"]
+    assert [error.__name__ for error in all_below(WorkerError) if error.replace_worker] == [
+        "GpuBroken",
+        "RamDiskError",
+        "ComfyUIStuck",
+    ]
 
 
 @pytest.mark.parametrize("error", all_below(WorkerError), ids=lambda error: error.__name__)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.contract.comfyui_client import boot
 from worker import follow
 from worker.comfyui import ComfyUI
+from worker.comfyui_server import ComfyUIServer
 from worker.control import JobControl
 from worker.errors import (
     ComfyUICrashed,
@@ -41,10 +42,16 @@ class Recording(ComfyUI):
     """The real client; its sleeps are recorded and short, and tests replace single answers."""
 
     def __init__(self, port: int, process: ComfyUIProcess) -> None:
-        self.slept_s: list[float] = []
+        self.slept_s = 0.0
         self.submitted: list[Workflow] = []
         self.memory_was_freed = False
-        super().__init__(port, process, sleep=self.slept_s.append)
+        super().__init__(ComfyUIServer(port, process, clock=self.clock, sleep=self.sleep))
+
+    def clock(self) -> float:
+        return time.monotonic() + self.slept_s
+
+    def sleep(self, seconds: float) -> None:
+        self.slept_s += seconds
 
     def submit(self, workflow: Workflow, *arguments: Any, **more: Any) -> list[str]:
         self.submitted.append(workflow)
@@ -70,7 +77,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path
 def comfyui(server: tuple[int, Path]) -> Iterator[Recording]:
     port, root = server
     client = Recording(port, ComfyUIProcess(root / "run"))
-    client.wait_ready(10)
+    client.server.wait_ready(10)
     yield client
     assert client.queued_ids() == ([], [])
     client.clear_history()
@@ -129,7 +136,7 @@ def test_a_workflow_gives_its_outputs_and_progress_that_only_grows(comfyui: Reco
     assert [(update["node"], update["node_class"]) for update in seen] == [("1", "EmptyImage"), ("2", "SaveImage")]
     percents = [update["percent"] for update in seen]
     assert percents == sorted(percents)
-    assert comfyui.slept_s == []  # nothing was late, so nothing was waited for
+    assert comfyui.slept_s == 0  # nothing was late, so nothing was waited for
 
 
 def test_a_repeated_workflow_writes_a_new_file_each_time(comfyui: Recording, server: tuple[int, Path]) -> None:
@@ -202,14 +209,84 @@ def test_a_node_that_cannot_take_the_nonce_is_run_without_and_remembered(comfyui
     assert not comfyui.memory_was_freed  # the models stay where they are
 
 
-def test_a_repeated_workflow_without_the_nonce_runs_again_on_an_empty_cache(
+def test_a_repeated_workflow_without_the_nonce_runs_again_with_that_of_its_source(
     comfyui: Recording, server: tuple[int, Path]
 ) -> None:
     _, root = server
+    comfyui.note_nonce_refusal("StandinStrict")
     for _ in range(2):
         (name,) = filenames(run(comfyui, strict_workflow("again")))
         (root / "output" / name).unlink()  # fails if ComfyUI answered from its cache
+    assert [with_nonce_in(sent) for sent in comfyui.submitted] == [[], [], ["1"]]
+    assert not comfyui.memory_was_freed
+
+
+def test_where_nothing_takes_the_nonce_the_cache_is_emptied(comfyui: Recording, server: tuple[int, Path]) -> None:
+    _, root = server
+    for class_type in ("StandinStrict", "EmptyImage"):
+        comfyui.note_nonce_refusal(class_type)
+    for _ in range(2):
+        (name,) = filenames(run(comfyui, strict_workflow("last resort")))
+        (root / "output" / name).unlink()
     assert comfyui.memory_was_freed
+
+
+def test_a_preview_that_is_not_returned_costs_no_second_prompt(comfyui: Recording) -> None:
+    workflow = save_workflow("behind a preview")
+    workflow["7"] = {"class_type": "StandinTee", "inputs": {"images": ["1", 0], "filename_prefix": "tee"}}
+    workflow["2"]["inputs"]["images"] = ["7", 0]
+    real_complete = PromptRun.complete
+
+    def as_previews(prompt: PromptRun) -> RunOutcome:
+        outcome = real_complete(prompt)
+        outcome.outputs["7"]["images"][0]["type"] = "temp"
+        return outcome
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PromptRun, "complete", as_previews)
+        for _ in range(2):
+            run(comfyui, workflow)
+    assert len(comfyui.submitted) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "node_id"),
+    [
+        ("ValueError", f"no {NONCE_INPUT} here", "2"),
+        ("TypeError", "no such keyword", "2"),
+        ("TypeError", f"got an unexpected keyword argument '{NONCE_INPUT}'", "1"),
+    ],
+)
+def test_a_failure_that_only_looks_like_a_refused_nonce_is_a_failure(
+    comfyui: Recording, monkeypatch: pytest.MonkeyPatch, kind: str, words: str, node_id: str
+) -> None:
+    record = failed_record(exception_type=kind, exception_message=words, node_id=node_id)
+    monkeypatch.setattr(comfyui, "history", lambda *_: record)
+    workflow = save_workflow()
+    workflow["2"]["_meta"] = {"title": NONCE_INPUT}
+    with pytest.raises(ExecutionFailed):
+        run(comfyui, workflow)
+    assert len(comfyui.submitted) == 1
+    assert comfyui.takes_nonce("SaveImage")
+
+
+@pytest.mark.parametrize(
+    ("cached", "words", "prompts"),
+    [
+        (["1"], "No such file or directory: '/dev/shm/comfyui/temp/a.wav'", 2),
+        ([], "No such file or directory: '/dev/shm/comfyui/temp/a.wav'", 1),
+        (["1"], "No such file or directory: '/models/lut.cube'", 1),
+    ],
+)
+def test_a_file_of_an_earlier_job_that_a_cached_node_names_is_made_again(
+    comfyui: Recording, monkeypatch: pytest.MonkeyPatch, cached: list[str], words: str, prompts: int
+) -> None:
+    record = failed_record(exception_type="FileNotFoundError", exception_message=words)
+    record["status"]["messages"].insert(0, ["execution_cached", {"nodes": cached}])
+    monkeypatch.setattr(comfyui, "history", lambda *_: record)
+    with pytest.raises(ExecutionFailed):
+        run(comfyui, save_workflow())
+    assert [with_nonce_in(sent) for sent in comfyui.submitted] == [["2"], ["1", "2"]][:prompts]
 
 
 def test_an_output_node_with_consumers_runs_again_where_its_files_are_of_an_earlier_job(
@@ -233,7 +310,7 @@ def test_an_output_node_with_consumers_runs_again_where_its_files_are_of_an_earl
 
 def failed_record(outputs: dict[str, Any] | None = None, **error: Any) -> dict[str, Any]:
     message = {"node_id": "2", "node_type": "SaveImage", "traceback": ["  File x\n"], **error}
-    status = {"status_str": "error", "completed": False, "messages": [["execution_error", message]]}
+    status: dict[str, Any] = {"status_str": "error", "completed": False, "messages": [["execution_error", message]]}
     return {"outputs": outputs or {}, "status": status}
 
 
@@ -249,7 +326,7 @@ def test_a_late_history_is_waited_for_with_growing_pauses(
 
     monkeypatch.setattr(comfyui, "history", late)
     assert len(filenames(run(comfyui, save_workflow()))) == 1
-    assert comfyui.slept_s == [0.010, 0.050, 0.250, 1.250, 6.250][:looks]
+    assert comfyui.slept_s == pytest.approx(sum([0.010, 0.050, 0.250, 1.250, 6.250][:looks]), abs=0.05)
 
 
 def test_a_history_that_never_comes_is_a_failure_of_its_own(
@@ -258,7 +335,7 @@ def test_a_history_that_never_comes_is_a_failure_of_its_own(
     monkeypatch.setattr(comfyui, "history", lambda *_: None)
     with pytest.raises(HistoryMissing):
         run(comfyui, save_workflow())
-    assert comfyui.slept_s == [0.010, 0.050, 0.250, 1.250, 6.250]
+    assert comfyui.slept_s == pytest.approx(7.81, abs=0.05)
 
 
 def test_a_stall_while_the_history_is_read_is_waited_out(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,6 +459,38 @@ def test_memory_is_freed_after_a_run_that_had_too_little(comfyui: Recording, mon
     assert comfyui.memory_was_freed
 
 
+def test_a_cycle_that_comes_up_in_the_run_is_a_failure_although_the_status_says_success(
+    comfyui: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = failed_record(exception_type="graph.DependencyCycleError", exception_message="Dependency cycle detected")
+    record["status"] |= {"status_str": "success", "completed": True}
+    monkeypatch.setattr(comfyui, "history", lambda *_: record)
+    with pytest.raises(ExecutionFailed, match="Dependency cycle detected"):
+        run(comfyui, save_workflow())
+
+
+class Blocks(Feed):
+    """A node stops the branches behind it, with a reason, in the middle of the run."""
+
+    told = False
+
+    def receive(self, timeout_s: float) -> bytes | dict[str, Any] | None:
+        message = super().receive(timeout_s)
+        data = message.get("data") if isinstance(message, dict) else None
+        if not self.told and isinstance(data, dict) and "prompt_id" in data:
+            self.told = True
+            reason = {"exception_type": "ExecutionBlocked", "exception_message": "Execution Blocked: no face found"}
+            node = {"node_id": "5", "node_type": "FaceGate", "prompt_id": data["prompt_id"]}
+            return {"type": "execution_error", "data": {**node, **reason}}
+        return message
+
+
+def test_the_reason_of_a_blocked_branch_is_a_warning(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "Feed", Blocks)
+    outcome = run(comfyui, save_workflow())
+    assert outcome.warnings == ["Node 5 (FaceGate): Execution Blocked: no face found."]
+
+
 # --- ends from outside ---
 
 
@@ -391,11 +500,11 @@ def test_a_stopped_run_is_out_of_comfyui_when_it_raises(comfyui: Recording, way:
     control = JobControl(timeout_s=0.3 if way == "deadline" else 20)
     timer = threading.Timer(0.3, control.cancel)
     if way == "somebody else's interrupt":
-        url = f"http://127.0.0.1:{comfyui.port}/interrupt"
+        url = f"http://127.0.0.1:{comfyui.server.port}/interrupt"
         timer = threading.Timer(0.3, requests.post, (url,), {"json": {}, "timeout": 5})
     if way != "deadline":
         timer.start()
-    comfyui.sleep = threading.Event().wait  # real pauses between interrupts
+    comfyui.server.sleep = time.sleep  # real pauses between interrupts
     with pytest.raises(JobTimeout if way == "deadline" else JobCancelled):
         run(comfyui, workflow, control)
     assert comfyui.queued_ids() == ([], [])
@@ -419,30 +528,12 @@ def test_a_dead_process_is_told_from_a_slow_one(server: tuple[int, Path], tmp_pa
     (tmp_path / "listened").write_text("1")
     (tmp_path / "comfyui.log").write_text("loading\nSegmentation fault\n")
     client = Recording(port, ComfyUIProcess(tmp_path))
-    client.wait_ready(5)
-    client.raise_if_dead()
+    client.server.wait_ready(5)
+    client.server.raise_if_dead()
     (tmp_path / "comfyui").write_text(f"{os.getpid()} 2")  # start.sh has started another one
     with pytest.raises(ComfyUICrashed) as caught:
-        client.raise_if_dead()
+        client.server.raise_if_dead()
     assert caught.value.details["log"] == ["loading", "Segmentation fault"]
-
-
-def test_a_comfyui_that_has_answered_and_hangs_is_killed(comfyui: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
-    killed: list[int] = []
-    monkeypatch.setattr("worker.comfyui.HUNG_S", 0.2)
-    monkeypatch.setattr(comfyui, "_answers", lambda: False)
-    monkeypatch.setattr(comfyui.process, "kill", lambda state: killed.append(state.pid))
-    comfyui.sleep = time.sleep
-    with pytest.raises(ComfyUIUnavailable):
-        comfyui.wait_ready(0.5)
-    assert set(killed) == {comfyui.process.state().pid}  # type: ignore[union-attr]
-    booting = Recording(comfyui.port, comfyui.process)  # has not seen it answer: it may still load its nodes
-    monkeypatch.setattr(booting, "_answers", lambda: False)
-    killed.clear()
-    booting.sleep = time.sleep
-    with pytest.raises(ComfyUIUnavailable):
-        booting.wait_ready(0.5)
-    assert killed == []
 
 
 # --- the websocket ---
@@ -539,7 +630,7 @@ def test_a_restart_in_mid_run_is_seen_although_the_new_one_answers(
     (tmp_path / "comfyui").write_text(f"{pid} 1")
     (tmp_path / "listened").write_text("1")
     client = Recording(port, ComfyUIProcess(tmp_path))
-    client.wait_ready(5)
+    client.server.wait_ready(5)
     restart = threading.Timer(0.3, (tmp_path / "comfyui").write_text, (f"{pid} 2",))
     workflow = sleep_workflow(15)
     restart.start()
@@ -581,6 +672,7 @@ def test_pictures_lost_again_and_again_are_a_warning(comfyui: Recording, monkeyp
     workflow["2"] = {"class_type": "SaveImageWebsocket", "inputs": {"images": ["1", 0]}}
     (warning,) = run(comfyui, workflow).warnings
     assert "may be missing" in warning
+    assert len(comfyui.submitted) == 2
 
 
 # --- messages, whatever they are ---
@@ -606,7 +698,7 @@ def test_no_message_can_break_the_follower(sent: list[dict[str, Any] | bytes]) -
     """Every message goes through what `_follow` does with it; a progress that comes of it can be posted as JSON."""
     seen: list[Progress] = []
     run = PromptRun(
-        ComfyUI(1, ComfyUIProcess(Path("/nowhere"))),
+        ComfyUI(ComfyUIServer(1, ComfyUIProcess(Path("/nowhere")))),
         save_workflow(),
         control=JobControl(timeout_s=20),
         on_progress=seen.append,

@@ -30,16 +30,22 @@ def test_what_is_no_manifest_is_an_empty_one(tmp_path: Path, content: bytes) -> 
 
 
 @pytest.mark.parametrize(
-    ("known", "said"),
+    ("known", "settled", "said"),
     [
-        (record("x.safetensors", source=None, error="set HF_TOKEN."), "it is missing: set HF_TOKEN."),
-        (record("x.safetensors", source=None), "still being downloaded"),
-        (record("X.safetensors"), "at /ComfyUI/models/vae/X.safetensors, where this node does not look."),
+        (record("x.safetensors", source=None, error="set HF_TOKEN."), True, "it is missing: set HF_TOKEN."),
+        (record("x.safetensors", source=None), False, "it is still being downloaded."),
+        (record("x.safetensors", source=None), True, "it was not downloaded; the container's log says why."),
+        (record("X.safetensors"), True, "at /ComfyUI/models/vae/X.safetensors, where this node does not look."),
     ],
 )
-def test_a_model_that_models_names_is_explained(known: ModelRecord, said: str) -> None:
+def test_a_model_that_models_names_is_explained(known: ModelRecord, settled: bool, said: str) -> None:
     others = [record("y.safetensors")]
     for asked in ("x.safetensors", "flux/x.safetensors"):
-        sentence = sentence_about(asked, [*others, known])
+        sentence = sentence_about(asked, [*others, known], settled=settled)
         assert sentence is not None and said in sentence and ".." not in sentence
-    assert sentence_about("z.safetensors", [*others, known]) is None
+    assert sentence_about("z.safetensors", [*others, known], settled=settled) is None
+
+
+def test_of_several_files_of_one_name_the_missing_one_is_told() -> None:
+    records = [record("model.safetensors"), record("model.safetensors", source=None, error="it is gated")]
+    assert "it is gated" in str(sentence_about("model.safetensors", records, settled=True))

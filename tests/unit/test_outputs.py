@@ -11,7 +11,7 @@ from PIL import Image
 from tests.unit.test_media import encoded
 from worker.errors import NoOutput, OutputDamaged, OutputMissing, ResultTooLarge
 from worker.follow import RunOutcome
-from worker.outputs import collect_outputs, output_warnings, result_limit_bytes
+from worker.outputs import collect_outputs, result_limit_bytes, unnamed_files
 from worker.ramdisk import RamDisk
 
 NO_LIMIT = 10**9
@@ -123,33 +123,30 @@ def test_a_file_that_is_empty_or_cut_short_is_a_failure(ramdisk: RamDisk, share:
         collect(ramdisk, {"1": {"images": [entry]}})
 
 
-# --- outputs that are not what they seem ---
-
-
-def warnings_of(ramdisk: RamDisk, outputs: dict[str, Any], workflow: dict[str, Any]) -> list[str]:
-    return output_warnings(RunOutcome("prompt", outputs), workflow, ramdisk)
-
-
-def saver(source: str) -> dict[str, Any]:
-    return {"class_type": "SaveImage", "inputs": {"images": [source, 0], "filename_prefix": "a"}}
-
-
-def test_one_file_of_two_nodes_is_a_warning_unless_they_are_one_execution(ramdisk: RamDisk) -> None:
-    outputs = {node_id: {"images": [put(ramdisk, "a.png")]} for node_id in ("3", "57:4")}
-    assert warnings_of(ramdisk, outputs, {"3": saver("1"), "57:4": saver("1")}) == []
-    (warning,) = warnings_of(ramdisk, outputs, {"3": saver("1"), "57:4": saver("2")})
-    assert warning.startswith("The nodes 3 and 57:4 name the same file, 'output/a.png'")
+# --- files that no node names ---
 
 
 def test_a_file_that_no_node_names_is_a_warning(ramdisk: RamDisk) -> None:
-    outputs = {"3": {"images": [put(ramdisk, "a.png"), put(ramdisk, "video/a.png")]}}
-    assert warnings_of(ramdisk, outputs, {"3": saver("1")}) == []
+    outputs = {"3": {"images": [put(ramdisk, "a.png"), {**put(ramdisk, "video/b.mp4"), "subfolder": "video/"}]}}
+    put(ramdisk, "video/b.png")  # beside the video, and of its name
+    put(ramdisk, "video/b-audio.mp4")
+    put(ramdisk, "preview.png", kind="temp")  # previews are nothing that somebody saved
+    assert unnamed_files(RunOutcome("prompt", outputs), ramdisk) == []
     for number in range(13):
         put(ramdisk, f"unnamed{number:02}.png")
-    put(ramdisk, "preview.png", kind="temp")  # previews are nothing that somebody saved
-    (warning,) = warnings_of(ramdisk, outputs, {"3": saver("1")})
+    (warning,) = unnamed_files(RunOutcome("prompt", outputs), ramdisk)
     assert "'output/unnamed00.png', 'output/unnamed01.png'" in warning
     assert warning.endswith("and 3 more.")
+
+
+def test_what_a_run_without_outputs_has_told_is_in_its_failure(ramdisk: RamDisk) -> None:
+    with pytest.raises(NoOutput, match=r"gave nothing.*no face found"):
+        collect(ramdisk, {}, warnings=["Node 5 (FaceGate): Execution Blocked: no face found."])
+
+
+def test_an_empty_caption_is_no_damage(ramdisk: RamDisk) -> None:
+    (item,) = collect(ramdisk, {"3": {"text_files": [put(ramdisk, "caption.txt", b"")]}})["files"]
+    assert (item["size_bytes"], item["data"]) == (0, "")
 
 
 def test_what_was_saved_without_a_name_is_told_where_nothing_else_was(ramdisk: RamDisk) -> None:

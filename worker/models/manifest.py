@@ -14,7 +14,7 @@ class ModelRecord:
     """One entry of MODELS after the last run of `utils.py`."""
 
     name: str
-    """the file's name below its folder, as ComfyUI lists it"""
+    """the file's own name, without folders"""
     entry: str
     """`org/name[@revision]:filename`"""
     path: str
@@ -41,15 +41,19 @@ def read_manifest(path: Path) -> list[ModelRecord]:
         return []
 
 
-def sentence_about(name: str, records: Sequence[ModelRecord]) -> str | None:
-    """What MODELS has to do with a file that ComfyUI does not list; None: it is not named there."""
+def sentence_about(name: str, records: Sequence[ModelRecord], *, settled: bool) -> str | None:
+    """What MODELS has to do with a file that ComfyUI does not list; None: it is not named there.
+
+    ``settled``: nothing is being downloaded any more.
+    """
     wanted = name.rpartition("/")[2].casefold()
-    for record in records:
-        if record.name.casefold() != wanted:
-            continue
+    named = [record for record in records if record.name.casefold() == wanted]
+    for record in named:  # of several files of one name, one that is missing is the likelier cause
         if record.error is not None:
             return f"MODELS names {record.name}, but it is missing: {record.error.rstrip('.')}."
         if record.source is None:
-            return f"MODELS names {record.name}, and it is still being downloaded; send the job again later."
+            then = "was not downloaded; the container's log says why" if settled else "is still being downloaded"
+            return f"MODELS names {record.name}, and it {then}."
+    for record in named:
         return f"MODELS has put {record.name} at {record.path}, where this node does not look."
     return None

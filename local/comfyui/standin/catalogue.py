@@ -23,7 +23,15 @@ from .sampler_nodes import (
     StandinCheckpoint,
     VAEDecode,
 )
-from .save_nodes import PreviewImage, SaveImage, SaveImageWebsocket, StandinStrict, StandinTee
+from .save_nodes import (
+    PreviewImage,
+    SaveImage,
+    SaveImageWebsocket,
+    StandinFromFile,
+    StandinStrict,
+    StandinTee,
+    StandinToFile,
+)
 from .text_nodes import (
     PreviewAny,
     PrimitiveBoolean,
@@ -75,5 +83,7 @@ NODE_CLASSES: dict[str, type[Node]] = {
         StandinSleep,
         StandinStrict,
         StandinTee,
+        StandinToFile,
+        StandinFromFile,
     )
 }

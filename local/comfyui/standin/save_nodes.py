@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .folders import Folders, save_place
-from .images import Batch
+from .images import Batch, Frame
 from .node import Context, Inputs, Node, Result
 
 _HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}
@@ -101,6 +102,39 @@ class StandinTee(SaveImage):
 
     def run(self, context: Context, **inputs: Any) -> Result:
         return replace(super().run(context, **inputs), outputs=(inputs["images"],))
+
+
+class StandinToFile(Node):
+    """Not in ComfyUI: writes the first image into the temp folder and gives the path, as nodes for video do."""
+
+    display_name = "To file (stand-in only)"
+    module = "standin"
+    returns = ("STRING",)
+
+    @classmethod
+    def inputs(cls, folders: Folders) -> Inputs:
+        return {"required": {"image": ("IMAGE",)}}
+
+    def run(self, context: Context, **inputs: Any) -> Result:
+        path = context.folders.temp / f"standin_{random.randbytes(8).hex()}.png"
+        inputs["image"].frames[0].to_pixels().save(path)
+        return Result((str(path),))
+
+
+class StandinFromFile(Node):
+    """Not in ComfyUI: the image at a path."""
+
+    display_name = "From file (stand-in only)"
+    module = "standin"
+    returns = ("IMAGE",)
+
+    @classmethod
+    def inputs(cls, folders: Folders) -> Inputs:
+        return {"required": {"path": ("STRING", {"default": ""})}}
+
+    def run(self, context: Context, **inputs: Any) -> Result:
+        with Image.open(inputs["path"]) as picture:
+            return Result((Batch((Frame.from_pixels(picture),)),))
 
 
 def _png_metadata(inputs: Mapping[str, Any]) -> PngInfo:
