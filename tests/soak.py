@@ -106,8 +106,8 @@ def with_saver(class_type: str) -> Callable[[random.Random, bytes], Parts]:
 def two_outputs(_: random.Random, content: bytes) -> Parts:
     workflow = invert_workflow()
     workflow["3"]["class_type"] = "StandinTee"
-    workflow["4"] = {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "inverted"}}
-    workflow["5"] = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "inverted"}}
+    workflow["4"] = {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "again"}}
+    workflow["5"] = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "source"}}
     return workflow, {}, {"3": content, "4": content, "5": inverted(content)}, None, None
 
 
