@@ -361,8 +361,8 @@ def test_a_comfyui_that_does_not_let_go_is_ended_after_the_grace(row: Row, worke
     wait_until(lambda: worker.strikes("hang"), "the node hangs")
     worker.cancel(job_id)
     row.ends(worker.finish(job_id), "CANCELLED")
+    wait_until(is_another_start(worker, pid), "ComfyUI is started again, without a next job that needs it")
     row.next_job_runs(worker)
-    assert worker.comfyui_pid() != pid
     assert f"did not stop within {FAULT_SETTINGS['INTERRUPT_GRACE_S']} s; ending it" in worker.log()
 
 
