@@ -1,7 +1,8 @@
 """Stacks that tests share: each is booted once for all the tests that leave it as they found it (stack.py boots)."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.process.stack import Driver, boot, boot_platform, wait_until
 # A model that is named and missing (no network is asked), and little patience with a node that does not let go.
 FAULT_SETTINGS = {
     "INTERRUPT_GRACE_S": "1",
+    "COMFYUI_MAX_DEATHS": "1000",
     "MODELS": "org/repo:absent.safetensors:checkpoints",
     "HF_HUB_OFFLINE": "1",
 }
@@ -36,12 +38,30 @@ def fault_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
         yield driver
 
 
+PASSED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, Any]:
+    report = yield
+    if report.when == "call":
+        item.stash[PASSED] = report.passed
+    return report
+
+
 @pytest.fixture
-def worker(fault_stack: Driver) -> Iterator[Driver]:
-    """The stack that is there to suffer; the faults of a test are disarmed after it."""
+def worker(fault_stack: Driver, request: pytest.FixtureRequest) -> Iterator[Driver]:
+    """The stack that is there to suffer. Each fault that a test arms must strike; it is taken back after the test."""
     yield fault_stack
     wait_until(fault_stack.comfyui_answers, "ComfyUI is up after the test")
+    struck = {**fault_stack.faults(), **fault_stack.platform_faults()}
     fault_stack.disarm()
+    for kind in fault_stack.platform_faults():
+        fault_stack.platform_fault(kind, times=0)
+    if request.node.stash.get(PASSED, False):
+        assert [kind for kind, times in struck.items() if not times] == [], "faults that were armed and did not strike"
 
 
 @pytest.fixture
@@ -56,7 +76,6 @@ def row(request: pytest.FixtureRequest) -> Iterator[Row]:
     """The row of FAULTS.md that a test is marked with."""
     mark = request.node.get_closest_marker("fault")
     found = Row(read_table(TABLE.read_text())[mark.args[0]])
-    failed_before = request.session.testsfailed
     yield found
-    if request.session.testsfailed == failed_before:
+    if request.node.stash.get(PASSED, False):
         found.check_complete()

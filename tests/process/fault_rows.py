@@ -4,12 +4,14 @@
     python -m tests.process.fault_rows SECONDS_FILE    the check, then the measured seconds go into the table
 
 A test of a row is marked `@pytest.mark.fault("C3")` and takes the fixture `row`. With FAULT_SECONDS in the environment
-each row appends a line `ID seconds` to that file; where COMFYUI_DIR is set too, they are those of real ComfyUI.
+each test of a row appends a line `ID seconds ANSWER...` to that file; where COMFYUI_DIR is set too, the seconds are
+those of real ComfyUI.
 """
 
 import ast
 import os
 import re
+import secrets
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,11 +58,11 @@ def read_table(text: str) -> dict[str, TableRow]:
 
 
 def marked_tests() -> dict[str, set[str]]:
-    """The ids of rows, each with the names of the tests that are marked with it."""
+    """The ids of rows, each with the names of the tests that are marked with it and take `row`."""
     found: dict[str, set[str]] = {}
     for path in TABLE.parent.glob("test_*.py"):
         for function in ast.parse(path.read_text()).body:
-            if isinstance(function, ast.FunctionDef):
+            if isinstance(function, ast.FunctionDef) and "row" in {argument.arg for argument in function.args.args}:
                 for row_id in _marks(function):
                     found.setdefault(row_id, set()).add(function.name)
     return found
@@ -91,15 +93,44 @@ def disagreements(table: str, tests: dict[str, set[str]]) -> list[str]:
     return found
 
 
-def with_seconds(text: str, measured: str) -> str:
-    """The table with the figures of a run; of several of one row the last."""
+@dataclass
+class Measured:
+    """What the tests of one row said: the longest time in s, and every answer that a caller saw."""
+
+    seconds: float = 0.0
+    answers: set[str] = field(default_factory=set)
+
+
+def read_measured(text: str) -> dict[str, Measured]:
+    rows: dict[str, Measured] = {}
+    for line in text.splitlines():
+        row_id, seconds, *answers = line.split()
+        row = rows.setdefault(row_id, Measured())
+        row.seconds = max(row.seconds, float(seconds))
+        row.answers |= set(answers)
+    return rows
+
+
+def unseen(table: str, measured: dict[str, Measured]) -> list[str]:
+    """A sentence for each row of the table that was not run, or of which no test saw an answer that it names."""
+    found = []
+    for row in read_table(table).values():
+        if row.id not in measured:
+            found.append(f"{row.id} was not run, or failed")
+        elif missing := row.answers - measured[row.id].answers:
+            found.append(f"{row.id} has the caller see {sorted(missing)}, which no test of it saw")
+    return found
+
+
+def with_seconds(text: str, measured: dict[str, Measured]) -> str:
+    """The table with the figures of a run; of a row that was not run it keeps none."""
     column = 6 if "COMFYUI_DIR" in os.environ else 5
-    seconds = dict(line.split() for line in measured.splitlines())
     lines = []
     for line in text.splitlines():
         cells = line.strip("|").split("|")
-        if len(cells) == 8 and cells[0].strip() in seconds:
-            cells[column] = f" {seconds[cells[0].strip()]} "
+        if len(cells) == 8 and re.match(r" [A-Z]\d+ $", cells[0]):
+            row = measured.get(cells[0].strip())
+            cells[column] = f" {row.seconds:.1f} " if row else "  "
             line = f"|{'|'.join(cells)}|"
         lines.append(line)
     return "\n".join(lines) + "\n"
@@ -147,19 +178,25 @@ class Row:
         self.seconds = max(self.seconds, answer.get("executionTime", 0) / 1000)
 
     def next_job_runs(self, driver: Driver) -> None:
-        """Nothing is left of the job before; a plain job gives the right picture, and nothing is left of that."""
-        wait_until(lambda: driver.job_files() == [], "the job before is wiped", IDLE_TIMEOUT_S)
-        answer = driver.run(invert_job())
+        """Nothing is left of the job before; one with a picture of its own gives that, and nothing is left of it."""
+        self.leaves_nothing(driver)
+        content = picture_bytes(color=f"#{secrets.token_hex(3)}")
+        answer = driver.run(invert_job(content))
         assert answer["status"] == "COMPLETED", answer
-        assert is_inverted(answer["output"]["images"][0], picture_bytes())
+        (item,) = answer["output"]["images"]
+        assert (item["node_id"], is_inverted(item, content)) == ("3", True)
         assert answer["output"]["warnings"] == []
         self.leaves_nothing(driver)
         self.next_job_ran = True
 
-    def leaves_nothing(self, driver: Driver) -> None:
+    @staticmethod
+    def leaves_nothing(driver: Driver) -> None:
+        """ComfyUI lives, does nothing and remembers nothing; no file of a job is there, no line of it in its log."""
+        wait_until(driver.comfyui_answers, "ComfyUI answers")
         wait_until(driver.comfyui_is_idle, "ComfyUI is idle", IDLE_TIMEOUT_S)
-        assert driver.job_files() == []
-        assert driver.comfyui("/history") == {}
+        wait_until(lambda: driver.comfyui("/history") == {}, "the history is empty", IDLE_TIMEOUT_S)
+        wait_until(lambda: driver.job_files() == [], "the files are wiped", IDLE_TIMEOUT_S)
+        wait_until(lambda: "got prompt" not in driver.comfyui_log(), "ComfyUI's log is wiped", IDLE_TIMEOUT_S)
 
     def check_complete(self) -> None:
         """To be called after the test: it asserted all that a row promises."""
@@ -169,16 +206,19 @@ class Row:
             assert self.seen == self.table_row.answers
         if path := os.environ.get("FAULT_SECONDS"):
             with Path(path).open("a") as stream:
-                stream.write(f"{self.table_row.id} {self.seconds:.1f}\n")
+                stream.write(f"{self.table_row.id} {self.seconds:.1f} {' '.join(sorted(self.seen))}\n")
 
 
 def main() -> int:
-    problems = disagreements(TABLE.read_text(), marked_tests())
+    table = TABLE.read_text()
+    problems = disagreements(table, marked_tests())
+    if len(sys.argv) > 1 and not problems:
+        measured = read_measured(Path(sys.argv[1]).read_text())
+        problems = unseen(table, measured)
+        TABLE.write_text(with_seconds(table, measured))
     for problem in problems:
         print(problem, file=sys.stderr)
-    if len(sys.argv) > 1 and not problems:
-        TABLE.write_text(with_seconds(TABLE.read_text(), Path(sys.argv[1]).read_text()))
-    rows = read_table(TABLE.read_text())
+    rows = read_table(table)
     print(f"{TABLE.name}: {len(rows)} rows, {sum(len(row.tests) for row in rows.values())} tests")
     return 1 if problems else 0
 

@@ -9,10 +9,12 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,10 +110,15 @@ class Api:
     def platform_fault(self, kind: str, **more: Any) -> None:
         self.call("POST", "/_fault", {"kind": kind, **more})
 
+    def platform_faults(self) -> Counter[str]:
+        """How often each kind of fault that was armed has struck."""
+        struck: Counter[str] = Counter()
+        for fault in self.call("GET", "/_fault")["faults"]:
+            struck[fault["kind"]] += int(fault["struck"])
+        return struck
+
     def platform_strikes(self, kind: str) -> int:
-        """How often a fault has struck."""
-        faults = self.call("GET", "/_fault")["faults"]
-        return sum(int(fault["struck"]) for fault in faults if fault["kind"] == kind)
+        return self.platform_faults()[kind]
 
 
 class Driver(Api):
@@ -140,11 +147,18 @@ class Driver(Api):
         """Arm a fault of ComfyUI (local/comfyui/standin/faults.py)."""
         self.post_comfyui("/_fault", {"kind": kind, **more})
 
+    def faults(self) -> Counter[str]:
+        """How often each kind of fault of this start of ComfyUI has struck."""
+        struck: Counter[str] = Counter()
+        for fault in self.comfyui("/_fault")["armed"]:
+            struck[fault["kind"]] += int(fault["fired"])
+        return struck
+
     def strikes(self, kind: str) -> int:
-        """How often a fault of ComfyUI has struck."""
-        return sum(int(fault["fired"]) for fault in self.comfyui("/_fault")["armed"] if fault["kind"] == kind)
+        return self.faults()[kind]
 
     def disarm(self) -> None:
+        """Every fault of ComfyUI that is armed is taken back."""
         request = urllib.request.Request(f"{self.worker.comfyui_url}/_fault", method="DELETE")
         urllib.request.urlopen(request, timeout=DEADLINE_S).close()
 
@@ -179,6 +193,9 @@ class Driver(Api):
 
     def comfyui_pid(self) -> int:
         return int((self.ramdisk / "run" / "comfyui").read_text().split()[0])
+
+    def comfyui_log(self) -> str:
+        return (self.ramdisk / "run" / "comfyui.log").read_text(errors="replace")
 
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
@@ -220,7 +237,12 @@ def start_worker(platform: Platform, log_path: Path, **settings: str) -> Iterato
     if more := fault_arguments(log_path.parent):
         settings.setdefault("COMFYUI_ARGS", " ".join(["--cpu", *more]))
     with log_path.open("w") as log_file, running_worker(platform, own_environ(**settings), log_file) as worker:
-        yield Driver(platform, worker, log_path)
+        driver = Driver(platform, worker, log_path)
+        try:
+            yield driver
+        finally:
+            if worker.process.poll() is not None:  # a killed one has left it
+                shutil.rmtree(driver.ramdisk, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -301,13 +323,13 @@ def slow_workflow(seconds: float, steps: int = 1000) -> dict[str, Any]:
     return workflow
 
 
-def job(workflow: dict[str, Any], **extra: Any) -> dict[str, Any]:
+def job(workflow: dict[str, Any], content: bytes | None = None, **extra: Any) -> dict[str, Any]:
     """A job's input with the picture that the workflows here load."""
-    return {"workflow": workflow, "images": {"a.png": base64_of(picture_bytes())}, **extra}
+    return {"workflow": workflow, "images": {"a.png": base64_of(content or picture_bytes())}, **extra}
 
 
-def invert_job(**extra: Any) -> dict[str, Any]:
-    return job(invert_workflow(), **extra)
+def invert_job(content: bytes | None = None, **extra: Any) -> dict[str, Any]:
+    return job(invert_workflow(), content, **extra)
 
 
 def slow_job(seconds: float, steps: int = 1000, **extra: Any) -> dict[str, Any]:

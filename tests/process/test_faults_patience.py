@@ -1,5 +1,4 @@
-"""Rows of FAULTS.md in which something is waited for, half a minute or more: a file of its own, so that it runs beside
-the others."""
+"""Rows of FAULTS.md in which half a minute or more is waited."""
 
 import os
 import signal
@@ -13,9 +12,11 @@ from tests.process.stack import Driver, invert_job, slow_job, start_long_job
 @pytest.mark.fault("C25")
 def test_a_comfyui_that_neither_answers_nor_computes_is_ended_before_the_deadline(row: Row, worker: Driver) -> None:
     job_id = start_long_job(worker)
-    os.kill(worker.comfyui_pid(), signal.SIGSTOP)
+    pid = worker.comfyui_pid()
+    os.kill(pid, signal.SIGSTOP)
     row.fails(worker.finish(job_id, timeout_s=60), "COMFYUI_CRASHED", "neither answered nor computed for 30 s")
     row.next_job_runs(worker)
+    assert worker.comfyui_pid() != pid
 
 
 @pytest.mark.fault("C28")

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.process.fault_rows import EVERY, Row
-from tests.process.stack import Driver, invert_workflow, job, slow_job
+from tests.process.stack import Driver, invert_job, invert_workflow, job, slow_job
 
 
 @pytest.mark.fault("W1")
@@ -26,17 +26,22 @@ def test_a_websocket_cut_before_the_run_is_done_without(row: Row, worker: Driver
 @pytest.mark.fault("W3")
 def test_a_websocket_cut_in_mid_run_is_opened_again(row: Row, worker: Driver) -> None:
     worker.fault("ws_cut", event="progress", after=1)
-    row.succeeds(worker.run(slow_job(2)))
+    job_id = worker.start_job(slow_job(4))
+    row.succeeds(worker.finish(job_id))
     assert worker.strikes("ws_cut") == 1
     row.next_job_runs(worker)
+    *updates, _ = worker.posted(job_id)
+    assert max(update["output"].get("value", 0) for update in updates) > 2  # told after the cut
 
 
 @pytest.mark.fault("W4")
-@pytest.mark.parametrize("event", ["execution_success", "executing"])
-def test_a_websocket_cut_before_the_last_message_hides_no_end(row: Row, worker: Driver, event: str) -> None:
-    # LoadImage begins only where it is not cached: the cut is at the last message, which tells the end, or before it.
-    worker.fault("ws_cut", event=event, after=3 if event == "executing" else 0)
-    row.succeeds(worker.run(slow_job(0.5)))
+@pytest.mark.parametrize(("event", "after", "seconds"), [("execution_success", 0, 0.5), ("executing", 3, 0.6)])
+def test_a_websocket_cut_before_the_last_message_hides_no_end(
+    row: Row, worker: Driver, event: str, after: int, seconds: float
+) -> None:
+    worker.run(invert_job())  # LoadImage is cached: the fourth `executing` is the one that tells the end
+    worker.fault("ws_cut", event=event, after=after)
+    row.succeeds(worker.run(slow_job(seconds)))
     assert worker.strikes("ws_cut") == 1
     row.next_job_runs(worker)
 

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from tests.mutants import MUTANTS, Mutant
-from tests.process.fault_rows import TABLE, disagreements, marked_tests, read_table, with_seconds
+from tests.process.fault_rows import (
+    TABLE,
+    disagreements,
+    marked_tests,
+    read_measured,
+    read_table,
+    unseen,
+    with_seconds,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -95,12 +103,21 @@ def test_a_malformed_row_is_refused() -> None:
 def test_measured_seconds_go_into_their_column(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COMFYUI_DIR", raising=False)
     line = "| C1 | a | b | c | d | 1 | 2 | t |\n"
-    assert with_seconds(line, "C1 7.0\nC1 7.5\nW1 3\n") == line.replace("| 1 |", "| 7.5 |")
+    measured = read_measured("C1 7.5 COMPLETED\nC1 7.0 JOB_TIMEOUT\nW1 3 COMPLETED\n")
+    assert with_seconds(line, measured) == line.replace("| 1 |", "| 7.5 |")
+    assert with_seconds(line, {}) == line.replace("| 1 |", "|  |")
     monkeypatch.setenv("COMFYUI_DIR", "/ComfyUI")
-    assert with_seconds(line, "C1 7.5\n") == line.replace("| 2 |", "| 7.5 |")
+    assert with_seconds(line, measured) == line.replace("| 2 |", "| 7.5 |")
+
+
+def test_a_row_that_was_not_run_or_an_answer_that_no_test_saw_is_found_out() -> None:
+    table = "| C1 | a | b | `COMPLETED`, `JOB_TIMEOUT` | d | | | t |\n| C2 | a | b | `COMPLETED` | d | | | t |\n"
+    assert unseen(table, read_measured("C1 1 COMPLETED\nC1 1 JOB_TIMEOUT\nC2 1 COMPLETED\n")) == []
+    not_run, not_seen = "C2 was not run, or failed", "C1 has the caller see ['JOB_TIMEOUT'], which no test of it saw"
+    assert unseen(table, read_measured("C1 1 COMPLETED\n")) == [not_seen, not_run]
 
 
 def test_the_documents_name_rows_that_exist_and_count_them() -> None:
     rows = read_table(TABLE.read_text())
-    assert set(re.findall(r"\b[CWP]\d+\b", (ROOT / "AGENTS.md").read_text())) - {"C99"} <= rows.keys()
+    assert set(re.findall(r"\b[A-Z]\d+\b", (ROOT / "AGENTS.md").read_text())) - {"C99"} <= rows.keys()
     assert f"each of {len(rows)} faults" in (ROOT / "README.md").read_text()

@@ -1,6 +1,6 @@
 """A wall clock that jumps by CLOCK_JUMP_S seconds five times a second; Python loads this from PYTHONPATH.
 
-It changes what `time.time` says in every Python process of a worker; the machine's clock stays as it is.
+It changes `time.time` and `time.time_ns` in every Python process of a worker; the machine's clock stays as it is.
 """
 
 import os
@@ -16,3 +16,4 @@ def _jumping_time() -> float:
 
 
 time.time = _jumping_time
+time.time_ns = lambda: int(1e9 * _jumping_time())
