@@ -3,155 +3,44 @@
     make soak                                    500 jobs
     python -m tests.soak --jobs 100 --seed 7     others; the seed is printed
 
-Every picture is compared with what Pillow makes of the same input, every job must be answered, every failure must be
-one of the codes that the job or a fault can give, and there are no more failures than faults. The first worker's
-handler lives through all of it: its memory, descriptors, sockets and threads must be flat. Exit code 1 where any of
-that fails.
+Every picture is compared with what Pillow makes of the same input; some jobs are repeated word for word. Every job must
+be answered; of each code that the job itself does not give, there are no more failures than faults that give it. At the
+end nothing of a job is left. The first worker's handler lives through all of it: its memory, descriptors, sockets and
+threads must be flat. Exit code 1 where any of that fails.
 """
 
 import argparse
 import contextlib
-import io
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from local.__main__ import Platform
-from tests.process.stack import (
-    Driver,
-    base64_of,
-    boot_platform,
-    boot_worker,
-    invert_workflow,
-    inverted,
-    is_inverted,
-    slow_workflow,
-    wait_until,
-)
+from tests.process.stack import Driver, boot_platform, boot_worker, is_inverted, wait_until
+from tests.soak_jobs import KINDS, WEIGHTS, Order, order
 
 AT_ONCE = 4
-DEADLINE_S = 10.0
 ANSWER_TIMEOUT_S = 180.0
 SETTINGS = {"INTERRUPT_GRACE_S": "1", "COMFYUI_MAX_DEATHS": "1000"}
 FAULT_SHARE = 0.4  # of the jobs: so many have a fault armed before them
+REPEAT_SHARE = 0.2  # so many are an earlier one, word for word
+DEBUG_SHARE = 0.1  # so many keep their files; none of the last tenth, after which nothing may be left
 WORKER_KILLS = 2
 MAX_GROWTH_BYTES = 8_000_000  # over the run, after the first fifth of it
-MAX_GROWTH = {"descriptors": 2, "sockets": 2, "threads": 1}
-
-Workflow = dict[str, dict[str, Any]]
-
-
-@dataclass
-class Order:
-    """A job as it is sent, and what must come of it: pictures by node id (each inverted), a code, or CANCELLED."""
-
-    kind: str
-    job_input: dict[str, Any]
-    pictures: dict[str, bytes] = field(default_factory=dict)
-    code: str | None = None
-    cancel_after_s: float | None = None
-
-
-# --- jobs ---
-
-
-def random_picture(dice: random.Random) -> bytes:
-    width, height = dice.randint(8, 160), dice.randint(8, 160)
-    image = Image.frombytes("RGB", (8, 8), dice.randbytes(192)).resize((width, height))
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
-
-
-def order(kind: str, dice: random.Random) -> Order:
-    """A job of a kind with a picture of its own."""
-    content = random_picture(dice)
-    workflow, extra, pictures, code, cancel_after_s = KINDS[kind](dice, content)
-    job_input = {"workflow": workflow, "images": {"a.png": base64_of(content)}, "timeout_s": DEADLINE_S, **extra}
-    return Order(kind, job_input, pictures, code, cancel_after_s)
-
-
-Parts = tuple[Workflow, dict[str, Any], dict[str, bytes], str | None, float | None]
-
-
-def plain(dice: random.Random, content: bytes) -> Parts:
-    prefix = dice.choice(["picture", "a/b/picture", "ComfyUI"])
-    return invert_workflow(prefix=prefix), {"debug": dice.random() < 0.2}, {"3": content}, None, None
-
-
-def with_saver(class_type: str) -> Callable[[random.Random, bytes], Parts]:
-    def make(_: random.Random, content: bytes) -> Parts:
-        workflow = invert_workflow()
-        workflow["3"]["class_type"] = class_type
-        if class_type != "StandinStrict":
-            workflow["3"]["inputs"].pop("filename_prefix")
-        return workflow, {}, {"3": content}, None, None
-
-    return make
-
-
-def two_outputs(_: random.Random, content: bytes) -> Parts:
-    workflow = invert_workflow()
-    workflow["3"]["class_type"] = "StandinTee"
-    workflow["4"] = {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "again"}}
-    workflow["5"] = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "source"}}
-    return workflow, {}, {"3": content, "4": content, "5": inverted(content)}, None, None
-
-
-def slow(dice: random.Random, content: bytes) -> Parts:
-    return slow_workflow(dice.uniform(0.1, 1.5)), {}, {"3": content}, None, None
-
-
-def cancelled(dice: random.Random, content: bytes) -> Parts:
-    return slow_workflow(60), {}, {}, "CANCELLED", dice.uniform(0, 2)
-
-
-def overdue(_: random.Random, content: bytes) -> Parts:
-    return slow_workflow(60), {"timeout_s": 0.5}, {}, "JOB_TIMEOUT", None
-
-
-def refused(_: random.Random, content: bytes) -> Parts:
-    workflow = invert_workflow()
-    workflow["2"]["class_type"] = "NoSuchNode"
-    return workflow, {}, {}, "PROMPT_REJECTED", None
-
-
-def failing(_: random.Random, content: bytes) -> Parts:
-    return invert_workflow(prefix="../../outside"), {}, {}, "EXECUTION_FAILED", None
-
-
-def damaged(_: random.Random, content: bytes) -> Parts:
-    return invert_workflow(), {"images": {"a.png": base64_of(content[:-20])}}, {}, "MEDIA_INVALID", None
-
-
-KINDS: dict[str, Callable[[random.Random, bytes], Parts]] = {
-    "plain": plain,
-    "two outputs": two_outputs,
-    "preview": with_saver("PreviewImage"),
-    "websocket": with_saver("SaveImageWebsocket"),
-    "strict": with_saver("StandinStrict"),
-    "slow": slow,
-    "cancelled": cancelled,
-    "overdue": overdue,
-    "refused": refused,
-    "failing": failing,
-    "damaged": damaged,
-}
-WEIGHTS = [30, 10, 6, 6, 6, 12, 8, 6, 6, 6, 4]
-
+MAX_GROWTH = {"descriptors": 2, "sockets": 2, "threads": 1, "processes": 2}
+MAX_RUN_BYTES = 1_000_000  # what stays on the RAM disk beside the jobs' files: logs, and records of processes
 
 # --- faults ---
 
@@ -194,7 +83,7 @@ class Site:
         self._others = 0
         self._boot_second()
         self.faults: Counter[str] = Counter()
-        self.costly_faults = 0
+        self.may_fail: Counter[str] = Counter()  # by code: as many faults as can give it
 
     def _boot_second(self) -> None:
         self._others += 1
@@ -220,7 +109,7 @@ class Site:
             kind = "ComfyUI killed"
             with contextlib.suppress(OSError):
                 os.kill(worker.comfyui_pid(), signal.SIGKILL)
-            self.costly_faults += 1
+            self.may_fail["COMFYUI_CRASHED"] += 1
         else:
             fault, codes = dice.choice(COMFYUI_FAULTS)
             kind = str(fault["kind"])
@@ -228,7 +117,7 @@ class Site:
                 worker.fault(**fault)
             except OSError:  # that ComfyUI is down: faults strike where they can
                 return
-            self.costly_faults += bool(codes)
+            self.may_fail.update(codes)
         self.faults[kind] += 1
 
     def measure(self) -> dict[str, int]:
@@ -241,6 +130,7 @@ class Site:
             "descriptors": len(links),
             "sockets": sum(link.startswith("socket:") for link in links),
             "threads": int(re.findall(r"Threads:\s+(\d+)", status)[0]),
+            "processes": len(self.first.own_pids()),  # of the whole worker
         }
 
 
@@ -252,50 +142,58 @@ class Tally:
     """What came of the jobs. `problems` are sentences; none is how it should be."""
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    longest_s: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    failed_by_fault: int = 0
+    failed: Counter[str] = field(default_factory=Counter)  # by code, where the job itself is without fault
     pictures: int = 0
+    retries: int = 0
     done: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, order: Order, answer: dict[str, Any] | None) -> None:
-        outcome, problem = self._judge(order, answer)
         with self.lock:
             self.done += 1
+            if answer is None:
+                self.problems.append(f"{order.kind}: was not answered")
+                return
+            self.retries += answer.get("retries", 0)
+            seconds = answer.get("executionTime", 0) / 1000
+            self.longest_s[order.kind] = max(self.longest_s.get(order.kind, 0), seconds)
+            outcome, problem = self._judge(order, answer)
             self.outcomes[order.kind, outcome] += 1
             if problem:
                 self.problems.append(f"{order.kind}: {problem}")
 
-    def _judge(self, order: Order, answer: dict[str, Any] | None) -> tuple[str, str | None]:
-        if answer is None:
-            return "no answer", "was not answered"
+    def _judge(self, order: Order, answer: dict[str, Any]) -> tuple[str, str | None]:
         status, output = answer["status"], answer.get("output") or {}
         code = str(output.get("error_code") if status == "FAILED" else status)
         if code == "COMPLETED":
             code = "COMPLETED, warned" if output["warnings"] else code
-            if order.code == "CANCELLED":
-                return code, "was done in no time"
-            return code, f"should have failed with {order.code}" if order.code else self._compare(order, output)
-        if code == order.code:
-            return code, None
-        if code not in FAULT_CODES:
-            return code, f"failed with {code}: {answer.get('error')}"
-        with self.lock:
-            self.failed_by_fault += 1
+            return code, f"should have ended with {order.code}" if order.code else self._compare(order, output)
+        if code != order.code:
+            self.failed[code] += 1
         return code, None
 
     def _compare(self, order: Order, output: dict[str, Any]) -> str | None:
-        if output["warnings"]:  # a fault has spoilt one of several outputs, and the caller is told
-            with self.lock:
-                self.failed_by_fault += 1
-            return None
-        items = {item["node_id"]: item for item in output["images"]}
-        if len(output["images"]) != len(order.pictures) or items.keys() != order.pictures.keys():
-            return f"has pictures of the nodes {sorted(items)} instead of {sorted(order.pictures)}"
-        wrong = [node_id for node_id, item in items.items() if not is_inverted(item, order.pictures[node_id])]
-        with self.lock:
-            self.pictures += len(items)
+        node_ids = [item["node_id"] for item in output["images"]]
+        extra = set(node_ids) - order.pictures.keys() or len(node_ids) > len(set(node_ids))
+        missing = order.pictures.keys() - set(node_ids)
+        if extra or (missing and not output["warnings"]):
+            return f"has pictures of the nodes {node_ids} instead of {sorted(order.pictures)}"
+        if missing:  # a fault has spoilt one of several outputs, and the caller is told
+            self.failed["NO_OUTPUT"] += 1
+        pairs = [(item, order.pictures[item["node_id"]]) for item in output["images"]]
+        wrong = [item["node_id"] for item, content in pairs if not is_inverted(item, content)]
+        self.pictures += len(pairs)
         return f"has a wrong picture of the nodes {wrong}" if wrong else None
+
+    def excess(self, may_fail: Counter[str]) -> Iterator[str]:
+        """What the faults do not account for."""
+        for code, times in self.failed.items():
+            if times > may_fail[code]:
+                yield f"{times} jobs ended with {code}, and {may_fail[code]} faults can do that"
+        if self.retries > WORKER_KILLS:
+            yield f"{self.retries} jobs were given to a second worker, and {WORKER_KILLS} workers were killed"
 
 
 def run_order(site: Site, order: Order) -> dict[str, Any] | None:
@@ -317,12 +215,15 @@ def run_order(site: Site, order: Order) -> dict[str, Any] | None:
 def soak(site: Site, jobs: int, dice: random.Random, tally: Tally) -> list[tuple[int, dict[str, int]]]:
     """Run the jobs, AT_ONCE at a time. Returns (jobs done, figures of the first handler) from time to time."""
     kills = set(dice.sample(range(jobs // 5, jobs - jobs // 10), WORKER_KILLS))
+    repeatable: list[Order] = []
     samples: list[tuple[int, dict[str, int]]] = []
     slots = threading.Semaphore(AT_ONCE)
 
     def one(order: Order) -> None:
         try:
             tally.take(order, run_order(site, order))
+        except Exception as error:  # noqa: BLE001 - of a thread; whatever it is, the soak has failed
+            tally.problems.append(f"the soak itself failed: {type(error).__name__}: {error}")
         finally:
             slots.release()
 
@@ -335,31 +236,30 @@ def soak(site: Site, jobs: int, dice: random.Random, tally: Tally) -> list[tuple
                 site.arm(dice)
             if number % max(1, jobs // 10) == 0:
                 samples.append((tally.done, site.measure()))
+            if repeatable and dice.random() < REPEAT_SHARE:
+                pool.submit(one, dice.choice(repeatable))
+                continue
             (kind,) = dice.choices(list(KINDS), WEIGHTS)
-            pool.submit(one, order(kind, dice)).add_done_callback(_raise_later(tally))
+            debug = number < jobs - jobs // 10 and dice.random() < DEBUG_SHARE
+            new = order(kind, dice, debug=debug)
+            if new.pictures and not debug:
+                repeatable.append(new)
+            pool.submit(one, new)
     samples.append((tally.done, site.measure()))
     return samples
 
 
-def _raise_later(tally: Tally) -> Callable[[Any], None]:
-    def note(future: Any) -> None:
-        if error := future.exception():
-            tally.problems.append(f"the soak itself failed: {type(error).__name__}: {error}")
-
-    return note
-
-
 def leftovers(worker: Driver) -> Iterator[str]:
-    """What a worker has kept of its jobs, once it has done a last one."""
+    """What a worker has kept of its jobs, none of the last of which had `debug`."""
     wait_until(worker.comfyui_answers, "ComfyUI is up")
-    worker.disarm()
-    for _ in range(4):  # with two workers at the queue, each gets one of them
-        worker.run({"workflow": invert_workflow(), "images": {"a.png": base64_of(random_picture(random.Random(0)))}})
     wait_until(worker.comfyui_is_idle, "ComfyUI is idle")
     if files := worker.job_files():
         yield f"{worker.worker.id} has kept {len(files)} files"
     if history := worker.comfyui("/history"):
         yield f"{worker.worker.id} has {len(history)} prompts in its history"
+    run_bytes = sum(path.stat().st_size for path in (worker.ramdisk / "run").rglob("*") if path.is_file())
+    if run_bytes > MAX_RUN_BYTES:
+        yield f"{worker.worker.id} has {run_bytes} bytes of records"
 
 
 def growth(samples: list[tuple[int, dict[str, int]]]) -> Iterator[str]:
@@ -374,17 +274,19 @@ def growth(samples: list[tuple[int, dict[str, int]]]) -> Iterator[str]:
 
 def print_table(tally: Tally, site: Site, samples: list[tuple[int, dict[str, int]]], seconds: float) -> None:
     columns = sorted({outcome for _, outcome in tally.outcomes})
-    print(f"\n| job | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    print(f"\n| job | longest, s | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
     for kind in KINDS:
-        print(f"| {kind} | {' | '.join(str(tally.outcomes[kind, column] or '') for column in columns)} |")
-    print("\n| jobs done | RSS, MB | descriptors | sockets | threads |\n|---|---|---|---|---|")
+        counts = " | ".join(str(tally.outcomes[kind, column] or "") for column in columns)
+        print(f"| {kind} | {tally.longest_s.get(kind, 0):.1f} | {counts} |")
+    print(f"\n| jobs done | RSS, MB | {' | '.join(MAX_GROWTH)} |\n|---|---|{'---|' * len(MAX_GROWTH)}")
     for done, figures in samples:
         rest = " | ".join(str(figures[name]) for name in MAX_GROWTH)
         print(f"| {done} | {figures['rss_bytes'] / 1e6:.1f} | {rest} |")
     print("\nfaults: " + ", ".join(f"{kind} {times}" for kind, times in site.faults.most_common()))
     print(
         f"{tally.done} jobs in {seconds:.0f} s, {tally.pictures} pictures compared, {site.faults.total()} faults, "
-        f"{tally.failed_by_fault} jobs failed by one; {len(tally.problems)} problems"
+        f"{tally.failed.total()} jobs failed by one, {tally.retries} given to a second worker; "
+        f"{len(tally.problems)} problems"
     )
 
 
@@ -394,29 +296,34 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
-    tally, started = Tally(), time.monotonic()
+    tally = Tally()
     with tempfile.TemporaryDirectory() as folder:
-        site = Site(Path(folder))
-        with site.stack:
-            samples = soak(site, options.jobs, random.Random(options.seed), tally)
-            for worker in (site.first, site.second):
-                tally.problems += leftovers(worker)
-            tally.problems += growth(samples)
-            if tally.failed_by_fault > site.costly_faults:
-                tally.problems.append(
-                    f"{tally.failed_by_fault} jobs failed, and only {site.costly_faults} faults can do that"
-                )
-            if "INTERNAL" in site.first.log() + site.second.log():
-                tally.problems.append("a handler met a defect of its own")
-            print_table(tally, site, samples, time.monotonic() - started)
+        try:
+            run(Path(folder), options.jobs, random.Random(options.seed), tally)
+        except BaseException:
+            tally.problems.append("the soak did not come to its end")
+            raise
+        finally:
             for problem in tally.problems:
                 print(problem, file=sys.stderr)
             if tally.problems:
-                kept = Path(tempfile.mkdtemp(prefix="soak-"))
-                for path in Path(folder).iterdir():
-                    (kept / path.name).write_bytes(path.read_bytes())
-                print(f"logs: {kept}", file=sys.stderr)
+                print(
+                    f"logs: {shutil.copytree(folder, tempfile.mkdtemp('-soak'), dirs_exist_ok=True)}", file=sys.stderr
+                )
     return 1 if tally.problems else 0
+
+
+def run(folder: Path, jobs: int, dice: random.Random, tally: Tally) -> None:
+    started = time.monotonic()
+    site = Site(folder)
+    with site.stack:
+        samples = soak(site, jobs, dice, tally)
+        for worker in (site.first, site.second):
+            tally.problems += leftovers(worker)
+        tally.problems += growth(samples)
+        tally.problems += tally.excess(site.may_fail)
+        tally.problems += [f"{log.name} has a defect" for log in folder.iterdir() if "INTERNAL" in log.read_text()]
+        print_table(tally, site, samples, time.monotonic() - started)
 
 
 if __name__ == "__main__":
