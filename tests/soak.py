@@ -250,8 +250,7 @@ def soak(site: Site, jobs: int, dice: random.Random, tally: Tally) -> list[tuple
 
 
 def leftovers(worker: Driver) -> Iterator[str]:
-    """What a worker has kept of its jobs, none of the last of which had `debug`."""
-    wait_until(worker.comfyui_answers, "ComfyUI is up")
+    """What a worker has kept of its jobs, the last of which failed, without `debug`."""
     wait_until(worker.comfyui_is_idle, "ComfyUI is idle")
     if files := worker.job_files():
         yield f"{worker.worker.id} has kept {len(files)} files"
@@ -318,6 +317,11 @@ def run(folder: Path, jobs: int, dice: random.Random, tally: Tally) -> None:
     site = Site(folder)
     with site.stack:
         samples = soak(site, jobs, dice, tally)
+        for worker in (site.first, site.second):
+            wait_until(worker.comfyui_answers, "ComfyUI is up")
+            worker.disarm()
+        for last in [order("failing", dice) for _ in range(4)]:  # some for each worker
+            tally.take(last, run_order(site, last))
         for worker in (site.first, site.second):
             tally.problems += leftovers(worker)
         tally.problems += growth(samples)
