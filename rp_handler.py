@@ -52,6 +52,7 @@ class Worker:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.ramdisk = RamDisk(config.ramdisk_dir)
+        self.fetch_limits = FetchLimits(config.url_input_limit_bytes, config.url_input_timeout_s)
         self.process = ComfyUIProcess(config.ramdisk_dir / "run")
         self.server = ComfyUIServer(config.comfyui_port, self.process)
         self.comfyui = ComfyUI(self.server, self._model_note)
@@ -70,8 +71,7 @@ class Worker:
             with self._wiped_afterwards(request, steps):
                 with steps("write"):
                     self.ramdisk.write_inputs(request.files)
-                    limits = FetchLimits(self.config.url_input_limit_bytes, self.config.url_input_timeout_s)
-                    fetch_inputs(request.urls, self.ramdisk, control, limits)
+                    fetch_inputs(request.urls, self.ramdisk, control, self.fetch_limits)
                 with steps("run"):  # queue the workflow, follow it, read its history
                     outcome = run_workflow(
                         self.comfyui,

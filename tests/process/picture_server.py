@@ -122,6 +122,9 @@ class _Handler(BaseHTTPRequestHandler):
         """The connection ends in the middle of a picture."""
         self._send(picture_bytes()[:-100], Content_Length=str(len(picture_bytes())))
 
+    def _garbage(self) -> None:
+        self.wfile.write(b"\0\xff\r\n" * 100)
+
     def _endless(self) -> None:
         """A picture of which only the end of the connection says where it ends."""
         self.send_response(200)

@@ -238,6 +238,7 @@ def test_what_cannot_be_fetched_is_told_with_file_and_host(row: Row, internet: I
         internet.url("lost.png"): "ended before the file did",
         internet.url("endless.png"): "does not tell where the file ends",
         internet.url("gzip.png"): "compressed",
+        internet.url("garbage.png"): "not HTTP",
         internet.url("picture.png", "no-such-name.invalid"): "no such name",
         f"https://pictures.example:1/a.png?{SECRET}": "no connection",
     }.items():
