@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TextIO, TypeGuard
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 if TYPE_CHECKING:
     import requests
@@ -791,8 +791,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     job = parser.add_argument_group("the job")
     job.add_argument("--workflow", metavar="FILE", type=Path, required=True, help="workflow in API format")
-    order = "images for the LoadImage nodes, lowest node id first"
-    job.add_argument("--img", metavar="FILE", type=Path, nargs="+", action="extend", default=[], help=order)
+    order = "images for the LoadImage nodes, lowest node id first; or https URLs, where the worker takes them"
+    job.add_argument("--img", metavar="FILE", type=_image, nargs="+", action="extend", default=[], help=order)
     job.add_argument("--prompt", metavar="TEXT", help="positive text; the negative one is never touched by it")
     job.add_argument("--negative", metavar="TEXT", help="negative text")
     seeds = job.add_mutually_exclusive_group()
@@ -805,6 +805,11 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--url", default=DEFAULT_URL, help=f"default: {DEFAULT_URL}")
     where.add_argument("--timeout", metavar="S", type=_timeout_s, default=1800.0, help="seconds (default: 1800)")
     return parser
+
+
+def _image(text: str) -> Path | str:
+    """A file; or a URL, which is sent as it is: the worker fetches it."""
+    return text if text.lower().startswith("https://") else Path(text)
 
 
 def _seed(text: str) -> int:
@@ -853,9 +858,13 @@ def plan_changes(workflow: Workflow, options: argparse.Namespace, image_names: S
 def build_body(options: argparse.Namespace) -> bytes:
     """The body of /run. Reads the files, prints what it changes, and what is large."""
     workflow = read_workflow(options.workflow)
-    names = unique_names(safe_basename(path.name, fallback="image") for path in options.img)
+    paths = [urlsplit(image).path if isinstance(image, str) else image.name for image in options.img]
+    names = unique_names(safe_basename(path, fallback="image") for path in paths)
     changes = plan_changes(workflow, options, names)
-    images = {name: base64.b64encode(read_image(path)).decode() for name, path in zip(names, options.img, strict=True)}
+    images = {
+        name: image if isinstance(image, str) else base64.b64encode(read_image(image)).decode()
+        for name, image in zip(names, options.img, strict=True)
+    }
     for change in changes:
         say(f"{label(workflow, change.node_id)}.{change.input_name} = {one_line(json.dumps(change.value), 100)}")
     job: dict[str, Any] = {"workflow": apply_changes(workflow, changes)}

@@ -28,6 +28,7 @@ from worker.comfyui_server import ComfyUIServer
 from worker.config import Config, ConfigError
 from worker.control import JobControl
 from worker.errors import ComfyUICrashed, ComfyUIUnavailable, RamDiskError, WorkerError, WorkerFault, internal_error
+from worker.fetch import FetchLimits, fetch_inputs
 from worker.follow import Progress, RunOutcome
 from worker.models.manifest import read_manifest, sentence_about
 from worker.outputs import collect_outputs, result_limit_bytes, unnamed_files
@@ -51,6 +52,7 @@ class Worker:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.ramdisk = RamDisk(config.ramdisk_dir)
+        self.fetch_limits = FetchLimits(config.url_input_limit_bytes, config.url_input_timeout_s)
         self.process = ComfyUIProcess(config.ramdisk_dir / "run")
         self.server = ComfyUIServer(config.comfyui_port, self.process)
         self.comfyui = ComfyUI(self.server, self._model_note)
@@ -61,7 +63,7 @@ class Worker:
         """The seven steps. Returns the result; raises WorkerError. Blocks, so it runs in a thread of its own."""
         steps = StepTimer()
         with steps("parse"):
-            request = parse_job_input(job_input)
+            request = parse_job_input(job_input, allow_urls=self.config.allow_url_inputs)
             control.shorten(request.timeout_s or control.timeout_s)
         with self.server.serving(control.check):
             with steps("clear"):
@@ -69,6 +71,7 @@ class Worker:
             with self._wiped_afterwards(request, steps):
                 with steps("write"):
                     self.ramdisk.write_inputs(request.files)
+                    fetch_inputs(request.urls, self.ramdisk, control, self.fetch_limits)
                 with steps("run"):  # queue the workflow, follow it, read its history
                     outcome = run_workflow(
                         self.comfyui,

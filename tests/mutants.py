@@ -32,6 +32,8 @@ STOPPING = "tests/process/test_stopping.py"
 COMFYUI = "tests/process/test_faults_comfyui.py"
 WEBSOCKET = "tests/process/test_faults_websocket.py"
 PLATFORM = "tests/process/test_faults_platform.py"
+URLS = "tests/process/test_faults_urls.py"
+HTTPS_URL = "tests/unit/test_https_url.py"
 
 MUTANTS = [
     Mutant("nonce", "worker/run.py", ", NONCE_INPUT: nonce}", "}", f"{MAIN} -k word_for_word"),
@@ -77,6 +79,20 @@ MUTANTS = [
     Mutant("progress: not too often", "rp_handler.py", "PROGRESS_INTERVAL_S = 1.0", "PROGRESS_INTERVAL_S = 0.05", f"{PLATFORM} -k burst"),
     Mutant("size limit", "worker/outputs.py", "_check_size(lists, limit_bytes)", "pass", "tests/unit/test_outputs.py"),
     Mutant("input check", "worker/payload.py", "check_image(image.name, image.data)", "pass", f"{MAIN} -k cannot_run"),
+    Mutant("URLs: off unless set", "worker/payload.py", "if not allow_urls:", "if False:", f"{URLS} -k unless_the_worker"),
+    Mutant("URLs: IPv6 forms of private addresses", "worker/https_url.py", "parsed not in _GLOBAL_UNICAST", "False", HTTPS_URL),
+    Mutant("URLs: addresses in odd forms", "worker/https_url.py", "match is None or not _host_is_valid(match[\"host\"])", "match is None", HTTPS_URL),
+    Mutant("URLs: public addresses only", "worker/fetch.py", "if not all(is_public(address) for _, address in answers):", "if False:", f"{URLS} -k not_public"),
+    Mutant("URLs: all addresses public", "worker/fetch.py", "if not all(is_public", "if not any(is_public", f"{URLS} -k not_public"),
+    Mutant("URLs: redirects, too", "worker/fetch.py", "allow_redirects=False", "allow_redirects=True", f"{URLS} -k same_rules"),
+    Mutant("URLs: one look-up", "worker/fetch.py", "resolver=_Known(await self._look_up())", "resolver=aiohttp.ThreadedResolver() if await self._look_up() else None", f"{URLS} -k was_checked"),
+    Mutant("URLs: certificate", "worker/fetch.py", "ssl=_trusted(), force_close", "ssl=False, force_close", f"{URLS} -k certificate"),
+    Mutant("URLs: no proxy", "worker/fetch.py", "trust_env=False", "trust_env=True", f"{URLS} -k nothing_else_is_told"),
+    Mutant("URLs: letter for letter", "worker/fetch.py", "URL(str(self._url), encoded=True)", "URL(str(self._url))", f"{URLS} -k nothing_else_is_told"),
+    Mutant("URLs: size", "worker/fetch.py", "self._check_size(received_bytes)", "pass", f"{URLS} -k above_the_limit"),
+    Mutant("URLs: time", "worker/fetch.py", "asyncio.timeout_at(deadline)", "asyncio.timeout_at(None)", f"{URLS} -k keeps_one_waiting"),
+    Mutant("URLs: deadline and cancellation", "worker/fetch.py", "control.check()", "pass", f"{URLS} -k past_its_deadline"),
+    Mutant("URLs: content", "worker/fetch.py", "if self._is_image:", "if False:", f"{URLS} -k no_whole_picture"),
     Mutant("secrets stay out of ComfyUI", "start.sh", '        unset "${!RUNPOD_@}"', '        : "${!RUNPOD_@}"', "tests/process/test_start_sh.py -k secret"),
     Mutant("checkout unchanged", "start.sh", "PYTHONDONTWRITEBYTECODE=1", "NOTHING=1", "tests/process/test_start_sh.py -k byte_identical"),
 ]  # fmt: skip

@@ -21,6 +21,9 @@ class Config:
     job_timeout_s: float
     interrupt_grace_s: float
     result_limit_bytes: int | None
+    allow_url_inputs: bool
+    url_input_limit_bytes: int
+    url_input_timeout_s: float
     log_level: str
 
     @classmethod
@@ -30,6 +33,8 @@ class Config:
         Raises ConfigError.
         """
         limit_mb = _number(environ, "RESULT_LIMIT_MB", None, least=0.01, most=1000)
+        if (allow_urls := environ.get("ALLOW_URL_INPUTS") or "0") not in ("0", "1"):
+            raise ConfigError(f"ALLOW_URL_INPUTS is {allow_urls!r}; use 0 or 1.")
         level = (environ.get("LOG_LEVEL") or "INFO").upper()
         if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise ConfigError(f"LOG_LEVEL is {level!r}; use DEBUG, INFO, WARNING or ERROR.")
@@ -40,6 +45,11 @@ class Config:
             job_timeout_s=_required(environ, "JOB_TIMEOUT_S", 3600, least=1, most=604_800),
             interrupt_grace_s=_required(environ, "INTERRUPT_GRACE_S", 10, least=0.1, most=600),
             result_limit_bytes=None if limit_mb is None else int(limit_mb * 1_000_000),
+            allow_url_inputs=allow_urls == "1",
+            url_input_limit_bytes=int(
+                _required(environ, "URL_INPUT_LIMIT_MB", 100, least=0.01, most=10_000) * 1_000_000
+            ),
+            url_input_timeout_s=_required(environ, "URL_INPUT_TIMEOUT_S", 60, least=0.1, most=86_400),
             log_level=level,
         )
 

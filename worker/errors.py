@@ -8,6 +8,7 @@ WorkerError
 │   ├── InputInvalid          INPUT_INVALID         the job input is not of the agreed form
 │   ├── WorkflowInvalid       WORKFLOW_INVALID      no workflow, or not in API format
 │   ├── MediaInvalid          MEDIA_INVALID         an input file is not what it says, or is cut short
+│   ├── InputUnreachable      INPUT_UNREACHABLE     an input could not be fetched from its URL
 │   └── PromptRejected        PROMPT_REJECTED       ComfyUI's own validation said no
 ├── RunFailed
 │   ├── ExecutionFailed       EXECUTION_FAILED      a node raised
@@ -69,6 +70,10 @@ class WorkflowInvalid(BadRequest):
 
 class MediaInvalid(BadRequest):
     code = "MEDIA_INVALID"
+
+
+class InputUnreachable(BadRequest):
+    code = "INPUT_UNREACHABLE"
 
 
 class PromptRejected(BadRequest):

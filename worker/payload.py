@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from worker.errors import InputInvalid, MediaInvalid, WorkflowInvalid
+from worker.https_url import HttpsUrl
 from worker.media import check_image
 
 Workflow = dict[str, dict[str, Any]]
@@ -35,19 +36,29 @@ class InputFile:
 
 
 @dataclass(frozen=True)
+class UrlInput:
+    """One file that has yet to be fetched (worker/fetch.py); an image is checked then."""
+
+    name: str
+    url: HttpsUrl
+    is_image: bool
+
+
+@dataclass(frozen=True)
 class JobRequest:
     """A job input that has been checked. ``warnings`` are sentences for the result."""
 
     workflow: Workflow
     files: tuple[InputFile, ...]
+    urls: tuple[UrlInput, ...]
     debug: bool
     timeout_s: float | None
     comfy_org_api_key: str | None
     warnings: tuple[str, ...]
 
 
-def parse_job_input(job_input: object) -> JobRequest:
-    """Check ``job["input"]`` as a whole.
+def parse_job_input(job_input: object, *, allow_urls: bool = False) -> JobRequest:
+    """Check ``job["input"]`` as a whole; of URLs their form.
 
     Raises InputInvalid, WorkflowInvalid or MediaInvalid with one sentence that says what to change.
     """
@@ -55,14 +66,16 @@ def parse_job_input(job_input: object) -> JobRequest:
         raise InputInvalid('The input must be an object such as {"workflow": {...}}.')
     warnings = _unknown_key_warnings(job_input)
     workflow = _parse_workflow(job_input)
-    images = _parse_files(job_input.get("images"), "images")
+    images = _parse_files(job_input.get("images"), "images", allow_urls)
     for image in images:
-        check_image(image.name, image.data)
-    files = images + _parse_files(job_input.get("files"), "files")
+        if isinstance(image, InputFile):
+            check_image(image.name, image.data)
+    files = images + _parse_files(job_input.get("files"), "files", allow_urls)
     _refuse_duplicates(files)
     return JobRequest(
         workflow=workflow,
-        files=tuple(files),
+        files=tuple(file for file in files if isinstance(file, InputFile)),
+        urls=tuple(file for file in files if isinstance(file, UrlInput)),
         debug=_parse_flag(job_input, "debug"),
         timeout_s=_parse_timeout(job_input.get("timeout_s")),
         comfy_org_api_key=_parse_key(job_input.get("comfy_org_api_key")),
@@ -124,7 +137,7 @@ def _check_node(node_id: object, node: object) -> None:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _parse_files(value: object, key: str) -> list[InputFile]:
+def _parse_files(value: object, key: str, allow_urls: bool) -> list[InputFile | UrlInput]:
     """Both forms: ``{name: base64}`` and the official worker's ``[{"name": ..., "image": base64}]``."""
     if value is None:
         return []
@@ -134,7 +147,15 @@ def _parse_files(value: object, key: str) -> list[InputFile]:
         pairs = [_pair_of_item(item, key, position) for position, item in enumerate(value)]
     else:
         raise InputInvalid(f'\'{key}\' must be {{name: base64}} or a list of {{"name", "image"}} objects.')
-    return [InputFile(name := _checked_name(raw, key), _decode(data, name)) for raw, data in pairs]
+    return [_parse_file(_checked_name(raw, key), content, key, allow_urls) for raw, content in pairs]
+
+
+def _parse_file(name: str, content: object, key: str, allow_urls: bool) -> InputFile | UrlInput:
+    if not isinstance(content, str) or not content[:8].lower().startswith(("http://", "https://")):
+        return InputFile(name, _decode(content, name))
+    if not allow_urls:
+        raise InputInvalid(f"{name!r} is a URL; this worker takes Base64 only, unless it has ALLOW_URL_INPUTS=1.")
+    return UrlInput(name, HttpsUrl.parse(content, name), is_image=key == "images")
 
 
 def _pair_of_item(item: object, key: str, position: int) -> tuple[object, object]:
@@ -165,8 +186,6 @@ def _decode(value: object, name: str) -> bytes:
     """Base64, plain or as a data URI; the URL-safe alphabet, white space and missing padding are taken too."""
     if not isinstance(value, str):
         raise InputInvalid(f"The content of {name!r} must be a Base64 string.")
-    if value[:8].lower().startswith(("http://", "https://")):
-        raise InputInvalid(f"{name!r} is a URL; this worker takes Base64 only.")
     prefix = _DATA_URI.match(value)
     text = value[prefix.end() :] if prefix else value
     try:
@@ -180,7 +199,7 @@ def _decode(value: object, name: str) -> bytes:
         raise MediaInvalid(f"The content of {name!r} is not valid Base64; it may have been cut.", name=name) from None
 
 
-def _refuse_duplicates(files: list[InputFile]) -> None:
+def _refuse_duplicates(files: list[InputFile | UrlInput]) -> None:
     """Names that look the same (NFC and NFD) are one name: two files of it would be somebody's mistake."""
     seen: set[str] = set()
     for file in files:

@@ -14,7 +14,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from worker.errors import OutputMissing, RamDiskError, RamDiskFull
 
@@ -50,20 +50,38 @@ class RamDisk:
             if needed_bytes > self.free_bytes():
                 raise self._full(needed_bytes)
             for file in files:
-                self._write_durably(file)
+                with self._written_durably(file.name) as stream:
+                    stream.write(file.data)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._full(needed_bytes) from None
-            raise RamDiskError(f"The RAM disk cannot be written ({error.strerror}).") from error
+            raise self._write_error(error, needed_bytes) from error
 
-    def _write_durably(self, file: InputFile) -> None:
-        *folders, leaf = file.name.split("/")
+    @contextlib.contextmanager
+    def new_input(self, name: str, size_bytes: int | None) -> Iterator[BinaryIO]:
+        """A file to write and to read back, which is in ``input`` when the block ends without an error.
+
+        ``size_bytes`` where it is known beforehand. Raises RamDiskFull or RamDiskError.
+        """
+        written_bytes = 0
+        try:
+            if size_bytes is not None and size_bytes > self.free_bytes():
+                raise self._full(size_bytes)
+            with self._written_durably(name) as stream:
+                try:
+                    yield stream
+                finally:
+                    written_bytes = stream.tell()
+        except OSError as error:
+            raise self._write_error(error, size_bytes or written_bytes) from error
+
+    @contextlib.contextmanager
+    def _written_durably(self, name: str) -> Iterator[BinaryIO]:
+        *folders, leaf = name.split("/")
         with self._directory("input", folders, create=True) as directory_fd:
             # ComfyUI may open the final name at any moment: it must never see a part of the file (the RAM-disk race).
             partial = f".{secrets.token_hex(8)}.part"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with os.fdopen(os.open(partial, flags, 0o600, dir_fd=directory_fd), "wb") as stream:
-                stream.write(file.data)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with os.fdopen(os.open(partial, flags, 0o600, dir_fd=directory_fd), "w+b") as stream:
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(partial, leaf, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
@@ -115,6 +133,11 @@ class RamDisk:
             return  # ComfyUI removes its temp directory when it ends and makes it anew at its next start
         with _opened(directory_fd):
             _wipe_directory(directory_fd)
+
+    def _write_error(self, error: OSError, needed_bytes: int) -> RamDiskFull | RamDiskError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return self._full(needed_bytes)
+        return RamDiskError(f"The RAM disk cannot be written ({error.strerror}).")
 
     def _full(self, needed_bytes: int) -> RamDiskFull:
         free_bytes = self.free_bytes()

@@ -141,6 +141,16 @@ def test_two_pictures_of_one_name_are_both_sent(folder: Folder) -> None:
     assert base64.b64decode(sent["images"]["in_1.png"]) == (folder.path / "other/in.png").read_bytes()
 
 
+def test_a_url_is_sent_as_it_is(folder: Folder) -> None:
+    url = "https://pictures.example//a/photo.png?sig=x%2Fy"
+    loaders = {key: {"class_type": "LoadImage", "inputs": {"image": "x"}} for key in ("1", "2")}
+    (folder.path / "two.json").write_text(json.dumps(loaders))
+    assert folder.run("--workflow", "two.json", "--img", url, "in.png", "--url", folder.server.url)[0] == 0
+    sent = folder.sent()["input"]
+    assert [sent["workflow"][key]["inputs"]["image"] for key in ("1", "2")] == ["photo.png", "in.png"]
+    assert sent["images"]["photo.png"] == url
+
+
 def test_texts_go_to_stdout_and_warnings_to_stderr(folder: Folder) -> None:
     folder.server.script = completed(
         {"images": [], "texts": [{"node_id": "7", "text": "a caption"}], "warnings": ["one branch\nfailed"]}

@@ -7,16 +7,24 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
     config = Config.from_env({})
     assert (config.comfyui_port, config.boot_timeout_s, config.job_timeout_s) == (8188, 1800, 3600)
     assert (config.interrupt_grace_s, config.result_limit_bytes, config.log_level) == (10, None, "INFO")
+    assert (config.allow_url_inputs, config.url_input_limit_bytes, config.url_input_timeout_s) == (
+        False,
+        100_000_000,
+        60,
+    )
     assert str(config.ramdisk_dir) == "/dev/shm/comfyui"
 
 
 def test_an_empty_value_is_as_good_as_none() -> None:
     names = "RAMDISK_DIR COMFYUI_PORT BOOT_TIMEOUT_S JOB_TIMEOUT_S INTERRUPT_GRACE_S RESULT_LIMIT_MB LOG_LEVEL"
+    names += " ALLOW_URL_INPUTS URL_INPUT_LIMIT_MB URL_INPUT_TIMEOUT_S"
     assert Config.from_env(dict.fromkeys(names.split(), "")) == Config.from_env({})
 
 
 def test_values_are_read_with_their_units() -> None:
     config = Config.from_env({"RESULT_LIMIT_MB": "1.5", "JOB_TIMEOUT_S": " 90 ", "LOG_LEVEL": "debug"})
+    urls = Config.from_env({"ALLOW_URL_INPUTS": "1", "URL_INPUT_LIMIT_MB": "2.5", "URL_INPUT_TIMEOUT_S": "7"})
+    assert (urls.allow_url_inputs, urls.url_input_limit_bytes, urls.url_input_timeout_s) == (True, 2_500_000, 7)
     assert (config.result_limit_bytes, config.job_timeout_s, config.log_level) == (1_500_000, 90, "DEBUG")
 
 
@@ -30,6 +38,9 @@ def test_values_are_read_with_their_units() -> None:
         ("RESULT_LIMIT_MB", "-1"),
         ("INTERRUPT_GRACE_S", "inf"),
         ("LOG_LEVEL", "CHATTY"),
+        ("ALLOW_URL_INPUTS", "yes"),
+        ("URL_INPUT_LIMIT_MB", "0"),
+        ("URL_INPUT_TIMEOUT_S", "never"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named(name: str, value: str) -> None:

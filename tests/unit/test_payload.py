@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from worker.errors import InputInvalid, MediaInvalid, WorkerError, WorkflowInvalid
-from worker.payload import InputFile, json_safe, parse_job_input
+from worker.https_url import HttpsUrl
+from worker.payload import InputFile, UrlInput, json_safe, parse_job_input
 
 
 def png() -> bytes:
@@ -62,6 +63,20 @@ def test_files_are_decoded_and_not_looked_into() -> None:
     assert request.files == (InputFile("a.png", PNG), InputFile("clip.mp4", b"video"))
 
 
+def test_urls_are_kept_beside_the_files_where_they_are_allowed() -> None:
+    url = "https://pictures.example/a.png?sig=1"
+    images = [{"name": "a.png", "image": url}, {"name": "b.png", "image": CODED}]
+    request = parse_job_input(job(images=images, files={"c.mp4": url.upper()}), allow_urls=True)
+    assert request.files == (InputFile("b.png", PNG),)
+    assert request.urls == (
+        UrlInput("a.png", HttpsUrl("pictures.example", 443, "/a.png?sig=1"), is_image=True),
+        UrlInput("c.mp4", HttpsUrl("pictures.example", 443, "/A.PNG?SIG=1"), is_image=False),
+    )
+    for clash in ({"a.png": url}, {"b.png": url}, {"a.png/x": url}):
+        with pytest.raises(InputInvalid):
+            parse_job_input(job(images=images, files=clash), allow_urls=True)
+
+
 def test_the_rest_of_the_input_is_read() -> None:
     request = parse_job_input(job(debug=True, timeout_s=2, comfy_org_api_key="k"))
     assert (request.debug, request.timeout_s, request.comfy_org_api_key) == (True, 2.0, "k")
@@ -106,7 +121,7 @@ def test_a_flood_of_unknown_keys_does_not_flood_the_result() -> None:
         (job(images=[CODED]), InputInvalid, "Item 0 of 'images'"),
         (job(images=[{"name": "a.png"}]), InputInvalid, "must be a Base64 string"),
         (job(images={"a.png": None}), InputInvalid, "must be a Base64 string"),
-        (job(images={"a.png": "https://example.org/a.png"}), InputInvalid, "is a URL"),
+        (job(images={"a.png": "https://example.org/a.png"}), InputInvalid, "ALLOW_URL_INPUTS=1"),
         (job(images={"a.png": "not base64!"}), MediaInvalid, "not valid Base64"),
         (job(files={"a.txt": "data:text/plain,hello"}), MediaInvalid, "not valid Base64"),
         (job(files={"a/../../b": "AAAA"}), InputInvalid, "stay inside"),

@@ -91,6 +91,34 @@ def test_inputs_larger_than_the_ram_disk_are_refused_before_the_first_byte(
     assert list((root / "input").iterdir()) == []
 
 
+def test_a_file_that_is_written_piece_by_piece_has_its_name_only_when_it_is_whole(
+    ramdisk: RamDisk, root: Path, calls: list[tuple[str, str]]
+) -> None:
+    with ramdisk.new_input("deep/a.png", None) as stream:
+        for piece in (b"on", b"e"):
+            stream.write(piece)
+        stream.seek(0)
+        assert stream.read() == b"one"
+        assert not (root / "input/deep/a.png").exists()
+    assert [kind for kind, _ in calls] == ["fsync one", "replace"]
+    with pytest.raises(KeyError), ramdisk.new_input("b.png", 1) as stream:
+        raise KeyError
+    assert not (root / "input/b.png").exists()
+
+
+@pytest.mark.parametrize(("size_bytes", "needed_bytes"), [(6, 6), (5, 5), (None, 3)])
+def test_a_file_that_finds_no_room_tells_what_it_needs(
+    ramdisk: RamDisk, root: Path, monkeypatch: pytest.MonkeyPatch, size_bytes: int | None, needed_bytes: int
+) -> None:
+    monkeypatch.setattr(RamDisk, "free_bytes", lambda _: 5)
+    with pytest.raises(RamDiskFull) as caught, ramdisk.new_input("a.png", size_bytes) as stream:
+        assert size_bytes != 6, "what is too large at once is refused before the first byte"
+        stream.write(b"one")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.details == {"needed_bytes": needed_bytes, "free_bytes": 5}
+    assert not (root / "input/a.png").exists()
+
+
 def test_a_ram_disk_that_is_gone_is_a_fault_of_the_worker(tmp_path: Path) -> None:
     with pytest.raises(RamDiskError):
         RamDisk(tmp_path / "gone").write_inputs((InputFile("a.png", b"one"),))
