@@ -53,7 +53,7 @@ MUTANTS = [
     Mutant("websocket: the end without it", "worker/follow.py", "if not feed.is_open or ended_unheard or now - quiet_since >= QUIET_S:", "if False:", f"{WEBSOCKET} -k refused"),
     Mutant("websocket: reopened", "worker/follow.py", "feed.reopen_if_due()", "pass", f"{WEBSOCKET} -k refused"),
     Mutant("websocket: reopened under its name", "worker/feed.py", "            self.open()\n\n    def receive", "            self._url += 'x'\n            self.open()\n\n    def receive", f"{WEBSOCKET} -k opened_again"),
-    Mutant("websocket: pictures sent again", "worker/follow.py", "if feed.was_down:", "if False:", f"{WEBSOCKET} -k only_the_websocket"),
+    Mutant("websocket: pictures sent again", "worker/follow.py", "if feed.was_down or not self._terminal_seen:", "if False:", f"{WEBSOCKET} -k only_the_websocket"),
     Mutant("websocket: deep garbage", "worker/feed.py", "except (ValueError, RecursionError):", "except ValueError:", f"{WEBSOCKET} -k garbage"),
     Mutant("deadline and cancellation", "worker/follow.py", "self._control.check()\n            message", "message", f"{PLATFORM} -k own_deadline"),
     Mutant("deadline on a clock of its own", "worker/control.py", "clock: Callable[[], float] = time.monotonic", "clock: Callable[[], float] = time.time", f"{PLATFORM} -k wall_clock"),

@@ -47,8 +47,8 @@ MAX_RUN_BYTES = 1_000_000  # what stays on the RAM disk beside the jobs' files: 
 # What a job may fail with because of a fault; () for those that cost nothing.
 COMFYUI_FAULTS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"kind": "ws_cut", "after": 2}, ()),
-    ({"kind": "ws_silent", "times": 20}, ()),
-    ({"kind": "ws_refuse", "times": 3}, ()),
+    ({"kind": "ws_silent", "times": 20}, ("NO_OUTPUT",)),  # of pictures that only the websocket carries
+    ({"kind": "ws_refuse", "times": 3}, ("NO_OUTPUT",)),
     ({"kind": "ws_garbage", "times": 20}, ()),
     ({"kind": "ws_binary", "times": 20}, ()),
     ({"kind": "flood", "count": 2000}, ()),

@@ -108,7 +108,7 @@ class PromptRun:
         finally:
             feed.close()
         self._take_record(record)
-        if feed.was_down:
+        if feed.was_down or not self._terminal_seen:  # else every message has come, in order
             self._outcome.pictures_lost = any(
                 node["class_type"] == _PICTURES_BY_SOCKET for node in self._workflow.values()
             )

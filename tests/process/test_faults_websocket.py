@@ -96,3 +96,15 @@ def test_pictures_that_only_the_websocket_carries_are_sent_again(row: Row, worke
     assert item["filename"] == "websocket_00001_.png"
     assert worker.strikes("ws_cut") == 1
     row.next_job_runs(worker)
+
+
+@pytest.mark.fault("W11")
+def test_pictures_that_never_come_are_no_success(row: Row, worker: Driver) -> None:
+    workflow = invert_workflow()
+    workflow["3"] = {"class_type": "SaveImageWebsocket", "inputs": {"images": ["2", 0]}}
+    worker.fault("ws_silent", times=EVERY)
+    job_id = worker.start_job(job(workflow))
+    row.fails(worker.finish(job_id), "NO_OUTPUT", "pictures sent over it may be missing")
+    assert f"[{job_id}] running again: pictures may have been lost" in worker.log()
+    worker.disarm()
+    row.next_job_runs(worker)
