@@ -21,7 +21,7 @@ MAX_PIXELS = 178_956_970
 # What people send to LoadImage. Pillow knows more: obscure parsers, and EPS, whose decoding starts Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 # What Pillow's plug-ins raise on damaged files, beyond the OSError and SyntaxError that they promise (13.0, fuzzed).
-_DAMAGE = (
+DAMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, TypeError, ArithmeticError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
@@ -69,7 +69,7 @@ def _check_header(name: str, data: bytes) -> None:
         raise MediaInvalid(sentence, name=name) from None
     except Image.DecompressionBombError:
         raise MediaInvalid(f"Image {name!r} has more than {MAX_PIXELS} pixels; shrink it.", name=name) from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise MediaInvalid(f"Image {name!r} cannot be read ({type(error).__name__}).", name=name) from None
 
 
@@ -164,6 +164,6 @@ def _decodes(data: bytes) -> bool:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
-    except _DAMAGE:
+    except DAMAGE:
         return False
     return True
