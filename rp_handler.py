@@ -77,7 +77,7 @@ class Worker:
                         control=control,
                         on_progress=on_progress,
                         interrupt_grace_s=self.config.interrupt_grace_s,
-                        discard_outputs=lambda: self.ramdisk.wipe(("output", "temp")),
+                        ramdisk=self.ramdisk,
                         api_key=request.comfy_org_api_key,
                     )
                 with steps("collect"):

@@ -64,7 +64,7 @@ MUTANTS = [
     Mutant("memory is freed after a run that had too little", "worker/run.py", "comfyui.free_memory()  # for the next job", "pass", f"{COMFYUI} -k too_little"),
     Mutant("queue is cleared", "rp_handler.py", "not self.comfyui.clear_queue(self.config.interrupt_grace_s)", "False", f"{COMFYUI} -k leftover"),
     Mutant("secrets are masked", "worker/comfyui_errors.py", 'text = text.replace(word, "***")', "pass", f"{COMFYUI} -k no_secret"),
-    Mutant("output: cut short", "worker/outputs.py", "and is_cut_short(data):", "and False:", f"{COMFYUI} -k not_whole"),
+    Mutant("output: cut short", "worker/outputs.py", "if is_cut_short(data) and", "if False and", f"{COMFYUI} -k not_whole"),
     Mutant("SIGTERM while idle", "rp_handler.py", "number, self.leave)", "number, lambda: None)", f"{PLATFORM} -k idle_worker"),
     Mutant("SIGTERM: ComfyUI is supervised on", "start.sh", 'elif has_ended "$comfyui_pid"; then', 'elif ((!stopping)) && has_ended "$comfyui_pid"; then', f"{PLATFORM} -k after_sigterm"),
     Mutant("a dead sshd is a warning", "start.sh", "sshd_pid=''\n            log WARNING", "die 1", f"{PLATFORM} -k sshd"),

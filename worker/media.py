@@ -7,6 +7,7 @@ transfer that was cut has to be found before the job runs.
 from __future__ import annotations
 
 import io
+import json
 import re
 import struct
 import warnings
@@ -25,6 +26,7 @@ DAMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, TypeError, ArithmeticError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
+_SAFETENSORS_MAX_HEADER = 100_000_000  # bytes; its own limit, and text at that place would be a larger number
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # A marker inside JPEG entropy-coded data: not a stuffed 00, a restart D0..D7 or a fill byte (ITU-T T.81, B.1.1).
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -53,10 +55,15 @@ def check_image(name: str, data: bytes) -> None:
 def is_cut_short(data: bytes) -> bool:
     """True where the structure of a file that ComfyUI wrote says that its end is missing, or the file is empty.
 
-    Known are PNG, JPEG, WebP, GIF, AVIF and the MP4 family; of every other format nothing is said.
+    Known are PNG, JPEG, WebP, GIF, AVIF, the MP4 family, GLB and safetensors (latents); of every other format nothing
+    is said.
     """
     if data[4:8] == b"ftyp":
         return not _mp4_is_whole(data)
+    if data.startswith(b"glTF"):  # the third number of the header is the length of the file
+        return len(data) < max(12, int.from_bytes(data[8:12], "little"))
+    if data[8:10] == b'{"' and int.from_bytes(data[:8], "little") <= _SAFETENSORS_MAX_HEADER:
+        return not _safetensors_is_whole(data)
     structured = data.startswith((_PNG_SIGNATURE, b"\xff\xd8", b"GIF8")) or data[8:12] == b"WEBP"
     return not data or (structured and not _is_whole(data))
 
@@ -134,6 +141,16 @@ def _mp4_is_whole(data: bytes) -> bool:
             return False
         position += size
     return has_index and position <= len(data)
+
+
+def _safetensors_is_whole(data: bytes) -> bool:
+    """The header, whose length leads the file, says where the bytes of each tensor end."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    try:
+        ends = [value["data_offsets"][1] for name, value in json.loads(data[8:start]).items() if name != "__metadata__"]
+        return start + max(ends, default=0) <= len(data)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def _gif_is_whole(data: bytes) -> bool:

@@ -21,6 +21,7 @@ SYNC_LIMIT_BYTES = 20_000_000
 MARGIN = 0.98
 MAX_NAMED_FILES = 10
 MAX_PATH_BYTES = 1024
+MODEL_SUFFIXES = (".fbx", ".glb", ".gltf", ".ksplat", ".obj", ".ply", ".splat", ".spz", ".stl", ".usdz")  # Load3D's
 # Nodes that show texts: PreviewAny and ShowText, taggers, and the many that follow AlekPet's PreviewTextNode.
 _TEXT_KEYS = ("text", "tags", "string")
 
@@ -34,8 +35,8 @@ def result_limit_bytes(job_id: str, override: int | None) -> int:
 
 @dataclass(frozen=True)
 class Output:
-    """One file that ComfyUI wrote (``kind`` output or temp), or one that only this worker has (``data``): a picture that
-    came by websocket or was re-encoded. ``head`` are the first bytes of the file, once somebody has looked."""
+    """One file that ComfyUI wrote (``kind`` output or temp), or one that only this worker has (``data``): a picture
+    that came by websocket or was re-encoded. ``head`` are the first bytes of the file, once somebody has looked."""
 
     node_id: str
     filename: str
@@ -142,12 +143,11 @@ def unnamed_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[str]:
     return [f"ComfyUI wrote files that no node names, so they are not returned: {shown}{more}."]
 
 
-def returned_files(outcome: RunOutcome, ramdisk: RamDisk | None = None) -> list[Output]:
+def returned_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[Output]:
     """What is returned: all that was saved, else the previews; each file once, for the first node that names it.
 
     Every key of ``outputs[node_id]`` can hold files: images, gifs, audio, latents, 3d, a_images, ... SaveVideo and
-    SaveWEBM name theirs under ``images`` (0.18.1, 0.3.64). Files that are named by nothing but a path, as Preview3D
-    does, are found only with ``ramdisk``.
+    SaveWEBM name theirs under ``images`` (0.18.1, 0.3.64). A string that is the path of a file there counts, too.
     """
     named = [
         _output(node_id, PurePosixPath(str(entry.get("subfolder") or ""), name), str(entry.get("type") or "output"))
@@ -158,8 +158,7 @@ def returned_files(outcome: RunOutcome, ramdisk: RamDisk | None = None) -> list[
         Output(node_id, f"websocket_{position:05}_{_extension(data)}", data=data)
         for position, (node_id, data) in enumerate(outcome.socket_images, start=1)
     ]
-    if ramdisk is not None:
-        named += _named_by_path(outcome, ramdisk)
+    named += _named_by_path(outcome, ramdisk)
     found: dict[str, Output] = {}
     for output in named:
         found.setdefault(output.path, output)
@@ -181,14 +180,32 @@ def _entries(outputs: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Any]]:
 
 def _named_by_path(outcome: RunOutcome, ramdisk: RamDisk) -> list[Output]:
     """Strings that are the path of a file that is there, such as Preview3D's ``{"result": ["mesh/a.glb", camera]}``."""
-    found = []
-    for node_id, entry in _entries(outcome.outputs):
-        if isinstance(entry, str) and len(entry.encode(errors="replace")) <= MAX_PATH_BYTES:
-            path = PurePosixPath(entry.removeprefix(f"{ramdisk.root}/output/"))
-            output = _output(node_id, path)
-            if not path.is_absolute() and ramdisk.has(output.kind, output.subfolder, output.filename):
-                found.append(output)
-    return found
+    found = (
+        _output_at(node_id, entry, ramdisk) for node_id, entry in _entries(outcome.outputs) if isinstance(entry, str)
+    )
+    return [output for output in found if output and ramdisk.has(output.kind, output.subfolder, output.filename)]
+
+
+def lost_models(outcome: RunOutcome, ramdisk: RamDisk) -> list[str]:
+    """The nodes that show a 3D model which is not there (any more), as Preview3D names it."""
+    shown = [(node_id, output.get("result")) for node_id, output in outcome.outputs.items()]
+    paths = [(node_id, result[0]) for node_id, result in shown if isinstance(result, list) and result]
+    found = [_output_at(node_id, path, ramdisk) for node_id, path in paths if isinstance(path, str)]
+    return [
+        output.node_id
+        for output in found
+        if output
+        and PurePosixPath(output.filename).suffix.lower() in MODEL_SUFFIXES
+        and not ramdisk.has(output.kind, output.subfolder, output.filename)
+    ]
+
+
+def _output_at(node_id: str, path: str, ramdisk: RamDisk) -> Output | None:
+    """What a path in the output directory would be, relative to it or absolute."""
+    if len(path.encode(errors="replace")) > MAX_PATH_BYTES:
+        return None
+    relative = PurePosixPath(path.removeprefix(f"{ramdisk.root}/output/"))
+    return None if relative.is_absolute() else _output(node_id, relative)
 
 
 def _extension(data: bytes) -> str:

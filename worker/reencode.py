@@ -117,7 +117,7 @@ def _plays(image: Image.Image) -> int:
 
 
 def _options(wanted: OutputFormat, image: Image.Image) -> dict[str, Any]:
-    """For Pillow's ``save``. WebP's method 2 takes half the time of 4, which is usual, for 2 % more bytes (measured)."""
+    """For Pillow's ``save``. WebP's method 2 takes half the time of 4, the usual one, for 2 % more bytes (measured)."""
     quality = wanted.quality or DEFAULT_QUALITY
     options: dict[str, Any] = {
         "png": {"compress_level": 4},  # as ComfyUI has it

@@ -33,6 +33,7 @@ from worker.errors import (
 from worker.feed import Feed, _parse_message
 from worker.follow import Progress, PromptRun, RunOutcome
 from worker.process import ComfyUIProcess
+from worker.ramdisk import RamDisk
 from worker.run import NONCE_INPUT, run_workflow
 
 Workflow = dict[str, dict[str, Any]]
@@ -89,6 +90,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "QUIET_S", 0.2)
 
 
+class Kept(RamDisk):
+    """One that is not there: ComfyUI has its own folders here, and what it saves stays."""
+
+    def wipe(self, directories: tuple[str, ...] = ()) -> None:
+        pass
+
+
 def run(
     comfyui: ComfyUI,
     workflow: Workflow,
@@ -103,7 +111,7 @@ def run(
         control=control,
         on_progress=on_progress,
         interrupt_grace_s=5,
-        discard_outputs=lambda: None,
+        ramdisk=Kept(Path("/no/ramdisk")),
         api_key=api_key,
     )
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.unit.test_media import encoded
 from worker.errors import NoOutput, OutputDamaged, OutputMissing, ResultTooLarge
 from worker.follow import RunOutcome
-from worker.outputs import collect_outputs, result_limit_bytes, unnamed_files
+from worker.outputs import collect_outputs, lost_models, result_limit_bytes, unnamed_files
 from worker.ramdisk import RamDisk
 
 NO_LIMIT = 10**9
@@ -134,6 +134,14 @@ def test_a_file_that_only_a_path_names_is_returned(ramdisk: RamDisk) -> None:
         ("5", "", "b.glb"),
     ]
     assert unnamed_files(RunOutcome("prompt", outputs), ramdisk) == []
+
+
+def test_a_model_that_is_shown_and_not_there_is_a_lost_one(ramdisk: RamDisk) -> None:
+    put(ramdisk, "a.glb")
+    shown = {"1": "a.glb", "2": "lost.GLB", "3": "a caption.txt", "4": "../a.glb", "5": "x" * 9999 + ".obj"}
+    outputs: dict[str, Any] = {node_id: {"result": [path, None, None]} for node_id, path in shown.items()}
+    outputs |= {"6": {"result": []}, "7": {"result": [3]}, "8": {"text": ["lost.glb"]}, "9": {"result": "lost.glb"}}
+    assert lost_models(RunOutcome("prompt", outputs), ramdisk) == ["2", "4"]
 
 
 @pytest.mark.parametrize(
