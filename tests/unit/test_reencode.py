@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageChops
 from PIL.PngImagePlugin import PngInfo
 
@@ -225,6 +227,28 @@ def test_what_pillow_cannot_read_is_left_alone(bench: Bench, name: str, content:
 def test_a_file_that_is_cut_short_is_a_failure_as_ever(bench: Bench) -> None:
     with pytest.raises(OutputDamaged):
         bench.one("a.png", encoded(NOISE, "PNG")[:-20], "webp")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "TGA", "ICO"])
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_damaged_picture_is_re_encoded_left_alone_or_a_failure(form: str, data: st.DataObject) -> None:
+    damaged = bytearray(encoded(NOISE, form))
+    for _ in range(data.draw(st.integers(1, 8))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    content = bytes(damaged[: data.draw(st.integers(len(damaged) // 2, len(damaged)))])
+    wanted = data.draw(st.sampled_from(["webp", "jpeg", "png"]))
+    told: list[str] = []
+    given_output, disk = Output("1", "a.bmp", data=content), RamDisk(Path("/no/ramdisk"))
+    try:
+        (done,) = reencode.reencoded([given_output], disk, OutputFormat(wanted), check=lambda: None, warn=told.append)
+    except OutputDamaged:
+        return
+    if done == given_output:
+        assert told or given_output.media_type == f"image/{wanted}"
+    else:
+        picture(done).load()
+        assert picture(done).format == wanted.upper()
 
 
 def test_a_picture_is_turned_upright(bench: Bench) -> None:
