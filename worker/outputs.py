@@ -144,7 +144,15 @@ def unnamed_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[str]:
 
 
 def returned_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[Output]:
-    """What is returned: all that was saved, else the previews; each file once, for the first node that names it.
+    """What is returned: of `named_files` each file once, for the first node that names it."""
+    found: dict[str, Output] = {}
+    for output in named_files(outcome, ramdisk):
+        found.setdefault(output.path, output)
+    return list(found.values())
+
+
+def named_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[Output]:
+    """All that was saved, else the previews, as often as nodes name it.
 
     Every key of ``outputs[node_id]`` can hold files: images, gifs, audio, latents, 3d, a_images, ... SaveVideo and
     SaveWEBM name theirs under ``images`` (0.18.1, 0.3.64). A string that is the path of a file there counts, too.
@@ -159,11 +167,8 @@ def returned_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[Output]:
         for position, (node_id, data) in enumerate(outcome.socket_images, start=1)
     ]
     named += _named_by_path(outcome, ramdisk)
-    found: dict[str, Output] = {}
-    for output in named:
-        found.setdefault(output.path, output)
-    saved = [output for output in found.values() if output.kind == "output"]
-    return saved or [output for output in found.values() if output.kind == "temp"]
+    saved = [output for output in named if output.kind == "output"]
+    return saved or [output for output in named if output.kind == "temp"]
 
 
 def _output(node_id: str, path: PurePosixPath, kind: str = "output") -> Output:

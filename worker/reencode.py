@@ -86,11 +86,12 @@ def _encode(content: bytes, filename: str, wanted: OutputFormat, warn: Callable[
             raise _Unfit(f"{wanted.name} has at most {_MAX_SIDES[wanted.name]} pixels a side")
         if getattr(image, "n_frames", 1) > 1:
             return _encode_animation(image, wanted)
-        upright = ImageOps.exif_transpose(image)
-        if wanted.name == "jpeg" and _is_transparent(upright):
+        ImageOps.exif_transpose(image, in_place=True)  # else a copy of every picture
+        image.info.pop("comment", None)  # the only text that Pillow carries over, from GIF and JPEG to JPEG
+        if wanted.name == "jpeg" and _is_transparent(image):
             warn(f"The picture {filename!r} has transparent parts, which are white now: JPEG has no transparency.")
         stream = io.BytesIO()
-        _in_mode_of(upright, wanted.name).save(stream, wanted.name, **_options(wanted, image))
+        _in_mode_of(image, wanted.name).save(stream, wanted.name, **_options(wanted, image))
         return stream.getvalue()
 
 

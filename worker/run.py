@@ -18,7 +18,7 @@ from worker.comfyui import ComfyUI
 from worker.control import JobControl
 from worker.errors import ExecutionFailed, OutOfGpuMemory, WorkerError
 from worker.follow import Progress, PromptRun, RunOutcome
-from worker.outputs import lost_models, returned_files
+from worker.outputs import lost_models, named_files
 from worker.payload import Workflow
 from worker.ramdisk import RamDisk
 
@@ -116,7 +116,7 @@ class _Plan:
 
     def improves(self, outcome: RunOutcome) -> bool:
         """Whether the outcome is not what it should be and another prompt can help."""
-        stale = {output.node_id for output in returned_files(outcome, self._ramdisk)} & outcome.cached
+        stale = {output.node_id for output in named_files(outcome, self._ramdisk)} & outcome.cached
         if stale and self._stale_left:
             self._stale_left -= 1
             for node_id in stale:

@@ -313,6 +313,17 @@ def test_an_output_node_with_consumers_runs_again_where_its_files_are_of_an_earl
     assert not comfyui.memory_was_freed
 
 
+def test_a_cached_node_whose_file_name_another_node_has_used_again_runs_again(
+    comfyui: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = {"filename": "a_00001_.png", "subfolder": "", "type": "output"}
+    status = {"status_str": "success", "completed": True, "messages": [["execution_cached", {"nodes": ["1"]}]]}
+    record = {"outputs": {"2": {"images": [entry]}, "1": {"images": [entry]}}, "status": status}
+    monkeypatch.setattr(comfyui, "history", lambda *_: record)
+    run(comfyui, save_workflow())
+    assert [with_nonce_in(sent) for sent in comfyui.submitted][:2] == [["2"], ["1", "2"]]
+
+
 # --- the history ---
 
 

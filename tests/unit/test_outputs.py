@@ -15,7 +15,14 @@ from PIL import Image
 from tests.unit.test_media import encoded
 from worker.errors import NoOutput, OutputDamaged, OutputMissing, ResultTooLarge
 from worker.follow import RunOutcome
-from worker.outputs import collect_outputs, lost_models, result_limit_bytes, unnamed_files
+from worker.outputs import (
+    collect_outputs,
+    lost_models,
+    named_files,
+    result_limit_bytes,
+    returned_files,
+    unnamed_files,
+)
 from worker.ramdisk import RamDisk
 
 NO_LIMIT = 10**9
@@ -108,6 +115,14 @@ def test_a_file_is_returned_once_for_the_first_node_that_names_it(ramdisk: RamDi
         ("7", "b.png"),
         ("3", "c.png"),
     ]
+
+
+def test_every_node_that_names_a_file_is_known(ramdisk: RamDisk) -> None:
+    """One of them may be a cached node, whose file this was: it has to run again (`_Plan.improves`)."""
+    entry = put(ramdisk, "a.png")
+    outcome = RunOutcome("prompt", {"1": {"images": [entry]}, "2": {"images": [entry]}})
+    assert [output.node_id for output in named_files(outcome, ramdisk)] == ["1", "2"]
+    assert [output.node_id for output in returned_files(outcome, ramdisk)] == ["1"]
 
 
 def test_a_folder_in_the_file_name_is_a_subfolder(ramdisk: RamDisk) -> None:

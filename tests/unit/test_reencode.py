@@ -267,6 +267,8 @@ def test_the_workflow_in_the_file_is_not_carried_over_and_the_colour_profile_is(
         content = bench.one("a.png", source, wanted).read(bench.ramdisk)
         assert b"MARKER" not in content
         assert b"PROFILE of the colours" in content
+    commented = encoded(GRADIENT, "JPEG", comment=b"MARKER", xmp=b"MARKER")
+    assert b"MARKER" not in bench.one("a.jpg", commented, "jpeg", 80).read(bench.ramdisk)
     exif = Image.Exif()
     exif[0x0110] = "prompt:MARKER"  # where SaveAnimatedWEBP has it
     assert b"MARKER" not in bench.one("a.webp", encoded(GRADIENT, "WEBP", exif=exif), "png").read(bench.ramdisk)
