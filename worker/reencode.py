@@ -96,6 +96,8 @@ def _encode(content: bytes, filename: str, wanted: OutputFormat, warn: Callable[
 
 
 def _encode_animation(image: Image.Image, wanted: OutputFormat) -> bytes:
+    if image.format in ("TIFF", "MPO"):
+        raise _Unfit("it holds several pictures that are no animation")
     if wanted.name == "jpeg":
         raise _Unfit("it is an animation, and JPEG has none")
     durations_ms = []

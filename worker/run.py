@@ -138,9 +138,10 @@ class _Plan:
         """A cached node has handed on the path of a file that the wipe removed to these: have it run."""
         upstream = {maker for node_id in node_ids for maker in self._upstream(node_id)}
         makers = {maker for maker in upstream.intersection(cached) if self._takes_nonce(maker)}
-        self._files_left -= 1
-        self.fresh |= makers
-        log.info("running again: %d cached nodes, one of which had made a file", len(makers))
+        if makers:
+            self._files_left -= 1
+            self.fresh |= makers
+            log.info("running again: %d cached nodes, one of which had made a file", len(makers))
         return bool(makers)
 
     def _refresh(self, node_id: str) -> None:

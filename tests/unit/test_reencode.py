@@ -182,12 +182,20 @@ def test_an_animation_is_left_alone_by_jpeg(bench: Bench) -> None:
     assert warning == "The picture 'a.webp' is returned as it is: it is an animation, and JPEG has none."
 
 
+@pytest.mark.parametrize(("form", "name"), [("TIFF", "a.tif"), ("MPO", "a.jpg")])
+def test_several_pictures_that_are_no_animation_are_left_alone(bench: Bench, form: str, name: str) -> None:
+    source = encoded(NOISE, form, save_all=True, append_images=[GRADIENT])
+    assert bench.is_unchanged(bench.one(name, source, "webp"), name, source)
+    assert "no animation" in bench.warnings[0]
+
+
 @pytest.mark.parametrize("wanted", ["png", "webp", "jpeg"])
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBX", "CMYK", "YCbCr"])
 def test_a_picture_of_any_mode_looks_the_same(bench: Bench, wanted: str, mode: str) -> None:
     source = GRADIENT.convert("P").convert("PA") if mode == "PA" else GRADIENT.convert(mode)
-    form = "TIFF" if mode in ("PA", "RGBX", "CMYK", "YCbCr") else "PNG"
-    output = bench.one("a.img", encoded(source, form), wanted, None if wanted == "png" else 95)
+    form, name = ("TIFF", "a.tif") if mode in ("PA", "RGBX", "CMYK", "YCbCr") else ("PNG", "a.png")
+    output = bench.one(name, encoded(source, form), wanted, None if wanted == "png" else 95)
+    assert output.media_type == f"image/{wanted}"
     with Image.open(io.BytesIO(output.read(bench.ramdisk))) as image:
         assert difference(image.convert("RGB"), source.convert("RGB")) <= 40  # "1" is all edges
     assert bench.warnings == []
