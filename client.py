@@ -798,6 +798,11 @@ def build_parser() -> argparse.ArgumentParser:
     seeds = job.add_mutually_exclusive_group()
     seeds.add_argument("--seed", metavar="N", type=_seed, help="for every seed (default: random, and printed)")
     seeds.add_argument("--keep-seeds", action="store_true", help="leave the workflow's seeds as they are")
+    formats = ("png", "webp", "jpeg")
+    job.add_argument(
+        "--format", choices=formats, help="of the pictures that come back (default: as the workflow has it)"
+    )
+    job.add_argument("--quality", metavar="N", type=_quality, help="of webp and jpeg, 1 to 100 (default: 90)")
     job.add_argument("--debug", action="store_true", help="keep the worker's files; print timings and where to look")
     where = parser.add_argument_group("where")
     where.add_argument("--out", metavar="DIR", type=Path, default=Path("output"), help="default: output")
@@ -815,6 +820,12 @@ def _image(text: str) -> Path | str:
 def _seed(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,20}", text) or int(text) >= 2**64:
         raise argparse.ArgumentTypeError("a seed is a whole number from 0 to 2**64 - 1")
+    return int(text)
+
+
+def _quality(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError("a quality is a whole number from 1 to 100")
     return int(text)
 
 
@@ -870,8 +881,10 @@ def build_body(options: argparse.Namespace) -> bytes:
     job: dict[str, Any] = {"workflow": apply_changes(workflow, changes)}
     if images:
         job["images"] = images
-    if options.debug:
-        job["debug"] = True
+    if options.quality is not None and options.format not in ("webp", "jpeg"):
+        raise InputError("--quality goes with --format webp or --format jpeg")
+    wishes = {"output_format": options.format, "output_quality": options.quality, "debug": options.debug or None}
+    job |= {key: value for key, value in wishes.items() if value is not None}
     timeout_ms = max(MIN_EXECUTION_TIMEOUT_MS, round(options.timeout * 1000))
     try:
         body = json.dumps({"input": job, "policy": {"executionTimeout": timeout_ms}}, allow_nan=False).encode()

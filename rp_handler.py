@@ -31,10 +31,11 @@ from worker.errors import ComfyUICrashed, ComfyUIUnavailable, RamDiskError, Work
 from worker.fetch import FetchLimits, fetch_inputs
 from worker.follow import Progress, RunOutcome
 from worker.models.manifest import read_manifest, sentence_about
-from worker.outputs import collect_outputs, result_limit_bytes, unnamed_files
-from worker.payload import JobRequest, json_safe, parse_job_input
+from worker.outputs import Output, collect_outputs, result_limit_bytes, unnamed_files
+from worker.payload import JobRequest, OutputFormat, json_safe, parse_job_input
 from worker.process import ComfyUIProcess, ProcessState
 from worker.ramdisk import RamDisk
+from worker.reencode import reencoded
 from worker.run import run_workflow
 from worker.steps import StepTimer
 
@@ -79,11 +80,12 @@ class Worker:
                         control=control,
                         on_progress=on_progress,
                         interrupt_grace_s=self.config.interrupt_grace_s,
-                        discard_outputs=lambda: self.ramdisk.wipe(("output", "temp")),
+                        ramdisk=self.ramdisk,
                         api_key=request.comfy_org_api_key,
                     )
                 with steps("collect"):
-                    result = self._collect(outcome, result_limit_bytes(job_id, self.config.result_limit_bytes))
+                    limit_bytes = result_limit_bytes(job_id, self.config.result_limit_bytes)
+                    result = self._collect(outcome, request.output_format, control, limit_bytes)
                     result["warnings"] = [*request.warnings, *result["warnings"]]
                     if request.debug:
                         result["debug"] = self._diagnostics()
@@ -102,9 +104,16 @@ class Worker:
         self.ramdisk.wipe()
         return state
 
-    def _collect(self, outcome: RunOutcome, limit_bytes: int) -> dict[str, Any]:
+    def _collect(
+        self, outcome: RunOutcome, output_format: OutputFormat | None, control: JobControl, limit_bytes: int
+    ) -> dict[str, Any]:
+        def reencode(outputs: list[Output]) -> list[Output]:
+            if output_format is None:
+                return outputs
+            return reencoded(outputs, self.ramdisk, output_format, check=control.check, warn=outcome.warnings.append)
+
         result: dict[str, Any] = {"status": "success"}
-        result |= collect_outputs(outcome, self.ramdisk, limit_bytes)
+        result |= collect_outputs(outcome, self.ramdisk, limit_bytes, reencode)
         result["warnings"] = [*outcome.warnings, *unnamed_files(outcome, self.ramdisk)]
         return result
 

@@ -34,6 +34,7 @@ WEBSOCKET = "tests/process/test_faults_websocket.py"
 PLATFORM = "tests/process/test_faults_platform.py"
 URLS = "tests/process/test_faults_urls.py"
 HTTPS_URL = "tests/unit/test_https_url.py"
+OUTPUTS = "tests/process/test_faults_outputs.py"
 
 MUTANTS = [
     Mutant("nonce", "worker/run.py", ", NONCE_INPUT: nonce}", "}", f"{MAIN} -k word_for_word"),
@@ -71,7 +72,16 @@ MUTANTS = [
     Mutant("memory is freed: the cache too", "worker/comfyui.py", '"free_memory": True', '"free_memory": False', f"{COMFYUI} -k too_little"),
     Mutant("queue is cleared", "rp_handler.py", "not self.comfyui.clear_queue(self.config.interrupt_grace_s)", "False", f"{COMFYUI} -k leftover"),
     Mutant("secrets are masked", "worker/comfyui_errors.py", 'text = text.replace(word, "***")', "pass", f"{COMFYUI} -k no_secret"),
-    Mutant("output: cut short", "worker/outputs.py", "and is_cut_short(data):", "and False:", f"{COMFYUI} -k not_whole"),
+    Mutant("output: cut short", "worker/outputs.py", "if is_cut_short(data) and", "if False and", f"{COMFYUI} -k not_whole"),
+    Mutant("output: a model or latent that is cut short", "worker/media.py", 'if data.startswith(b"glTF"):', "if False:", f"{OUTPUTS} -k not_whole"),
+    Mutant("output: each file once", "worker/outputs.py", "found.setdefault(output.path, output)", "found[str(len(found))] = output", f"{OUTPUTS} -k comes_back_once"),
+    Mutant("output: named by its path", "worker/outputs.py", "named += _named_by_path(outcome, ramdisk)", "pass", f"{OUTPUTS} -k only_a_path"),
+    Mutant("output: a shown model is made again", "worker/run.py", "if lost and self._files_left and", "if False and", f"{OUTPUTS} -k only_a_path"),
+    Mutant("output: the media type is the content's", "worker/media_types.py", "if head.startswith(signature, offset):", "if False:", f"{OUTPUTS} -k media_type"),
+    Mutant("re-encoding: the deadline", "worker/reencode.py", "            check()\n", "            pass\n", f"{OUTPUTS} -k ends_at_the_deadline"),
+    Mutant("re-encoding: flattened on white", "worker/reencode.py", 'image.size, "white")', 'image.size, "black")', f"{OUTPUTS} -k alpha"),
+    Mutant("re-encoding: frames keep their times", "worker/reencode.py", "frame.load()  #", "pass  #", "tests/unit/test_reencode.py -k frames"),
+    Mutant("re-encoding: what Pillow cannot read", "worker/reencode.py", "except (*DAMAGE, MemoryError) as error:", "except MemoryError as error:", f"{OUTPUTS} -k cannot_be_re_encoded"),
     Mutant("SIGTERM while idle", "rp_handler.py", "number, self.leave)", "number, lambda: None)", f"{PLATFORM} -k idle_worker"),
     Mutant("SIGTERM: ComfyUI is supervised on", "start.sh", 'elif has_ended "$comfyui_pid"; then', 'elif ((!stopping)) && has_ended "$comfyui_pid"; then', f"{PLATFORM} -k after_sigterm"),
     Mutant("a dead sshd is a warning", "start.sh", "sshd_pid=''\n            log WARNING", "die 1", f"{PLATFORM} -k sshd"),

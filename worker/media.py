@@ -7,6 +7,7 @@ transfer that was cut has to be found before the job runs.
 from __future__ import annotations
 
 import io
+import json
 import re
 import struct
 import warnings
@@ -21,10 +22,11 @@ MAX_PIXELS = 178_956_970
 # What people send to LoadImage. Pillow knows more: obscure parsers, and EPS, whose decoding starts Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 # What Pillow's plug-ins raise on damaged files, beyond the OSError and SyntaxError that they promise (13.0, fuzzed).
-_DAMAGE = (
+DAMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, TypeError, ArithmeticError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
+_SAFETENSORS_MAX_HEADER = 100_000_000  # bytes; its own limit, and text at that place would be a larger number
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # A marker inside JPEG entropy-coded data: not a stuffed 00, a restart D0..D7 or a fill byte (ITU-T T.81, B.1.1).
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -53,10 +55,15 @@ def check_image(name: str, data: bytes) -> None:
 def is_cut_short(data: bytes) -> bool:
     """True where the structure of a file that ComfyUI wrote says that its end is missing, or the file is empty.
 
-    Known are PNG, JPEG, WebP, GIF, AVIF and the MP4 family; of every other format nothing is said.
+    Known are PNG, JPEG, WebP, GIF, AVIF, the MP4 family, GLB and safetensors (latents); of every other format nothing
+    is said.
     """
     if data[4:8] == b"ftyp":
         return not _mp4_is_whole(data)
+    if data.startswith(b"glTF"):  # the third number of the header is the length of the file
+        return len(data) < max(12, int.from_bytes(data[8:12], "little"))
+    if data[8:10] == b'{"' and int.from_bytes(data[:8], "little") <= _SAFETENSORS_MAX_HEADER:
+        return not _safetensors_is_whole(data)
     structured = data.startswith((_PNG_SIGNATURE, b"\xff\xd8", b"GIF8")) or data[8:12] == b"WEBP"
     return not data or (structured and not _is_whole(data))
 
@@ -69,7 +76,7 @@ def _check_header(name: str, data: bytes) -> None:
         raise MediaInvalid(sentence, name=name) from None
     except Image.DecompressionBombError:
         raise MediaInvalid(f"Image {name!r} has more than {MAX_PIXELS} pixels; shrink it.", name=name) from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise MediaInvalid(f"Image {name!r} cannot be read ({type(error).__name__}).", name=name) from None
 
 
@@ -136,6 +143,16 @@ def _mp4_is_whole(data: bytes) -> bool:
     return has_index and position <= len(data)
 
 
+def _safetensors_is_whole(data: bytes) -> bool:
+    """The header, whose length leads the file, says where the bytes of each tensor end."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    try:
+        ends = [value["data_offsets"][1] for name, value in json.loads(data[8:start]).items() if name != "__metadata__"]
+        return start + max(ends, default=0) <= len(data)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return False
+
+
 def _gif_is_whole(data: bytes) -> bool:
     """A full decode is no answer here: it ends with the first frame."""
     position = 13 + _color_table_bytes(data[10])
@@ -164,6 +181,6 @@ def _decodes(data: bytes) -> bool:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
-    except _DAMAGE:
+    except DAMAGE:
         return False
     return True

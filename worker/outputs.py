@@ -4,49 +4,26 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 from worker.errors import NoOutput, OutputDamaged, ResultTooLarge
 from worker.follow import RunOutcome
 from worker.media import is_cut_short
+from worker.media_types import HEAD_BYTES, category_of, media_type_of
 from worker.ramdisk import RamDisk
 
 # The limits count the posted JSON body; RunPod documents 10 MB, and 20 MB for jobs of /runsync, whose ids show it.
 ASYNC_LIMIT_BYTES = 10_000_000
 SYNC_LIMIT_BYTES = 20_000_000
 MARGIN = 0.98
-# Not the mimetypes module: its answers for WebP, FLAC and others depend on the machine's /etc/mime.types.
-_MEDIA_TYPES = {
-    ".avi": "video/x-msvideo",
-    ".avif": "image/avif",
-    ".bmp": "image/bmp",
-    ".exr": "image/x-exr",
-    ".flac": "audio/flac",
-    ".gif": "image/gif",
-    ".glb": "model/gltf-binary",
-    ".jpeg": "image/jpeg",
-    ".jpg": "image/jpeg",
-    ".json": "application/json",
-    ".m4a": "audio/mp4",
-    ".mkv": "video/x-matroska",
-    ".mov": "video/quicktime",
-    ".mp3": "audio/mpeg",
-    ".mp4": "video/mp4",
-    ".ogg": "audio/ogg",
-    ".opus": "audio/ogg",
-    ".png": "image/png",
-    ".svg": "image/svg+xml",
-    ".tif": "image/tiff",
-    ".tiff": "image/tiff",
-    ".txt": "text/plain",
-    ".wav": "audio/wav",
-    ".webm": "video/webm",
-    ".webp": "image/webp",
-}
 MAX_NAMED_FILES = 10
-_CATEGORIES = {"image": "images", "video": "videos", "audio": "audio"}
+MAX_PATH_BYTES = 1024
+MODEL_SUFFIXES = (".fbx", ".glb", ".gltf", ".ksplat", ".obj", ".ply", ".splat", ".spz", ".stl", ".usdz")  # Load3D's
+# Nodes that show texts: PreviewAny and ShowText, taggers, and the many that follow AlekPet's PreviewTextNode.
+_TEXT_KEYS = ("text", "tags", "string")
 
 
 def result_limit_bytes(job_id: str, override: int | None) -> int:
@@ -58,13 +35,15 @@ def result_limit_bytes(job_id: str, override: int | None) -> int:
 
 @dataclass(frozen=True)
 class Output:
-    """One file that ComfyUI wrote (``kind`` output or temp), or one picture that came by websocket (``data``)."""
+    """One file that ComfyUI wrote (``kind`` output or temp), or one that only this worker has (``data``): a picture
+    that came by websocket or was re-encoded. ``head`` are the first bytes of the file, once somebody has looked."""
 
     node_id: str
     filename: str
     subfolder: str = ""
     kind: str = "output"
     data: bytes | None = None
+    head: bytes = b""
 
     @property
     def path(self) -> str:
@@ -77,7 +56,7 @@ class Output:
     def read(self, ramdisk: RamDisk) -> bytes:
         """Raises OutputMissing or OutputDamaged."""
         data = ramdisk.read(self.kind, self.subfolder, self.filename) if self.data is None else self.data
-        if self.category != "files" and is_cut_short(data):
+        if is_cut_short(data) and (data or self.category != "files"):  # an empty caption is no damage
             raise OutputDamaged(
                 f"ComfyUI wrote {self.filename!r} only in part ({len(data)} bytes); send the job again.",
                 file=self.filename,
@@ -85,14 +64,20 @@ class Output:
             )
         return data
 
+    def seen(self, ramdisk: RamDisk) -> Output:
+        """The same with its ``head``, which its media type depends on. Raises OutputMissing."""
+        if self.data is not None:
+            return self
+        return replace(self, head=ramdisk.read(self.kind, self.subfolder, self.filename, HEAD_BYTES))
+
     @property
     def media_type(self) -> str:
-        return _MEDIA_TYPES.get(PurePosixPath(self.filename).suffix.lower(), "application/octet-stream")
+        return media_type_of(self.filename, self.head if self.data is None else self.data[:HEAD_BYTES])
 
     @property
     def category(self) -> str:
         """The result's list that this belongs to."""
-        return _CATEGORIES.get(self.media_type.partition("/")[0], "files")
+        return category_of(self.media_type)
 
     def item(self, size_bytes: int) -> dict[str, Any]:
         """Its item in that list, with ``data`` still empty."""
@@ -107,17 +92,23 @@ class Output:
         }
 
 
-def collect_outputs(outcome: RunOutcome, ramdisk: RamDisk, limit_bytes: int) -> dict[str, list[dict[str, Any]]]:
+def collect_outputs(
+    outcome: RunOutcome,
+    ramdisk: RamDisk,
+    limit_bytes: int,
+    reencode: Callable[[list[Output]], list[Output]] = list,
+) -> dict[str, list[dict[str, Any]]]:
     """``{"images": [item...]}`` and, where there are any, ``videos``, ``audio``, ``files``, ``texts``.
 
-    Previews (type temp) are returned only where nothing was saved. Raises NoOutput, OutputMissing, OutputDamaged
-    or ResultTooLarge, the last before any file is read.
+    Previews (type temp) are returned only where nothing was saved. ``reencode`` may replace outputs by others. Raises
+    NoOutput, OutputMissing, OutputDamaged or ResultTooLarge, the last before any file is read as a whole.
     """
     texts = _texts(outcome.outputs)
-    found = returned_files(outcome)
+    found = returned_files(outcome, ramdisk)
     if not found and not texts:
         told = "The workflow ran and gave nothing; does it end in a SaveImage node or another output node?"
         raise NoOutput(" ".join([told, *outcome.warnings, *unnamed_files(outcome, ramdisk)]))
+    found = reencode([output.seen(ramdisk) for output in found])
     lists: dict[str, list[dict[str, Any]]] = {"images": []}
     pairs = []
     for output in found:
@@ -137,7 +128,7 @@ def unnamed_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[str]:
 
     Not for those beside one that was named and whose name they begin with, such as a video's first picture.
     """
-    named = [PurePosixPath(output.path) for output in returned_files(outcome)]
+    named = [PurePosixPath(output.path) for output in returned_files(outcome, ramdisk)]
     places = {(path.parent, path.name) for path in named}
     unnamed = [
         str(path)
@@ -152,27 +143,74 @@ def unnamed_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[str]:
     return [f"ComfyUI wrote files that no node names, so they are not returned: {shown}{more}."]
 
 
-def returned_files(outcome: RunOutcome) -> list[Output]:
-    """What is returned: all that was saved, else the previews.
+def returned_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[Output]:
+    """What is returned: of `named_files` each file once, for the first node that names it."""
+    found: dict[str, Output] = {}
+    for output in named_files(outcome, ramdisk):
+        found.setdefault(output.path, output)
+    return list(found.values())
 
-    Every key of ``outputs[node_id]`` can hold files: images, gifs, audio, latents, ...
 
-    SaveVideo and SaveWEBM name theirs under ``images`` (0.18.1, 0.3.64).
+def named_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[Output]:
+    """All that was saved, else the previews, as often as nodes name it.
+
+    Every key of ``outputs[node_id]`` can hold files: images, gifs, audio, latents, 3d, a_images, ... SaveVideo and
+    SaveWEBM name theirs under ``images`` (0.18.1, 0.3.64). A string that is the path of a file there counts, too.
     """
-    found = [
-        Output(node_id, str(entry["filename"]), str(entry.get("subfolder") or ""), str(entry.get("type") or "output"))
-        for node_id, output in outcome.outputs.items()
-        for entries in output.values()
-        if isinstance(entries, list)
-        for entry in entries
-        if isinstance(entry, dict) and "filename" in entry
+    named = [
+        _output(node_id, PurePosixPath(str(entry.get("subfolder") or ""), name), str(entry.get("type") or "output"))
+        for node_id, entry in _entries(outcome.outputs)
+        if isinstance(entry, dict) and isinstance(name := entry.get("filename"), str) and name
     ]
-    saved = [output for output in found if output.kind == "output"]
-    saved += [
+    named += [
         Output(node_id, f"websocket_{position:05}_{_extension(data)}", data=data)
         for position, (node_id, data) in enumerate(outcome.socket_images, start=1)
     ]
-    return saved or [output for output in found if output.kind == "temp"]
+    named += _named_by_path(outcome, ramdisk)
+    saved = [output for output in named if output.kind == "output"]
+    return saved or [output for output in named if output.kind == "temp"]
+
+
+def _output(node_id: str, path: PurePosixPath, kind: str = "output") -> Output:
+    return Output(node_id, path.name, "" if path.parent == PurePosixPath() else str(path.parent), kind)
+
+
+def _entries(outputs: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Each thing that a node lists under any key, with the node's id."""
+    for node_id, output in outputs.items():
+        for entries in output.values():
+            if isinstance(entries, list):
+                yield from ((node_id, entry) for entry in entries)
+
+
+def _named_by_path(outcome: RunOutcome, ramdisk: RamDisk) -> list[Output]:
+    """Strings that are the path of a file that is there, such as Preview3D's ``{"result": ["mesh/a.glb", camera]}``."""
+    found = (
+        _output_at(node_id, entry, ramdisk) for node_id, entry in _entries(outcome.outputs) if isinstance(entry, str)
+    )
+    return [output for output in found if output and ramdisk.has(output.kind, output.subfolder, output.filename)]
+
+
+def lost_models(outcome: RunOutcome, ramdisk: RamDisk) -> list[str]:
+    """The nodes that show a 3D model which is not there (any more), as Preview3D names it."""
+    shown = [(node_id, output.get("result")) for node_id, output in outcome.outputs.items()]
+    paths = [(node_id, result[0]) for node_id, result in shown if isinstance(result, list) and result]
+    found = [_output_at(node_id, path, ramdisk) for node_id, path in paths if isinstance(path, str)]
+    return [
+        output.node_id
+        for output in found
+        if output
+        and PurePosixPath(output.filename).suffix.lower() in MODEL_SUFFIXES
+        and not ramdisk.has(output.kind, output.subfolder, output.filename)
+    ]
+
+
+def _output_at(node_id: str, path: str, ramdisk: RamDisk) -> Output | None:
+    """What a path in the output directory would be, relative to it or absolute."""
+    if len(path.encode(errors="replace")) > MAX_PATH_BYTES:
+        return None
+    relative = PurePosixPath(path.removeprefix(f"{ramdisk.root}/output/"))
+    return None if relative.is_absolute() else _output(node_id, relative)
 
 
 def _extension(data: bytes) -> str:
@@ -180,13 +218,24 @@ def _extension(data: bytes) -> str:
 
 
 def _texts(outputs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Plain strings, as PreviewAny gives them under ``text``."""
+    """Strings and numbers as PreviewAny and its kind give them, in lists of lists too."""
     return [
-        {"node_id": node_id, "text": text}
+        {"node_id": node_id, "text": text if isinstance(text, str) else json.dumps(text)}
         for node_id, output in outputs.items()
-        for text in output.get("text") or ()
-        if isinstance(text, str)
+        for key in _TEXT_KEYS
+        for text in _leaves(output.get(key))
+        if isinstance(text, str | int | float)
     ]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, list):
+            pending += reversed(value)
+        else:
+            yield value
 
 
 def _check_size(lists: dict[str, list[dict[str, Any]]], limit_bytes: int) -> None:

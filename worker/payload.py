@@ -20,7 +20,11 @@ from worker.media import check_image
 
 Workflow = dict[str, dict[str, Any]]
 
-KNOWN_KEYS = ("workflow", "images", "files", "debug", "timeout_s", "comfy_org_api_key")
+KNOWN_KEYS = (
+    *("workflow", "images", "files", "output_format", "output_quality"),
+    *("debug", "timeout_s", "comfy_org_api_key"),
+)
+OUTPUT_FORMATS = ("png", "webp", "jpeg")
 MAX_NAME_BYTES = 255  # what a file system takes for one part of a path
 MAX_NAMED_KEYS = 20  # a result with a sentence for each of a million unknown keys could not be posted
 MAX_TIMEOUT_S = 604_800  # RunPod's own upper bound for executionTimeout: 7 days
@@ -45,6 +49,14 @@ class UrlInput:
 
 
 @dataclass(frozen=True)
+class OutputFormat:
+    """The format that a job wants its pictures in: ``name`` is one of OUTPUT_FORMATS, ``quality`` 1 to 100 or None."""
+
+    name: str
+    quality: int | None = None
+
+
+@dataclass(frozen=True)
 class JobRequest:
     """A job input that has been checked. ``warnings`` are sentences for the result."""
 
@@ -54,6 +66,7 @@ class JobRequest:
     debug: bool
     timeout_s: float | None
     comfy_org_api_key: str | None
+    output_format: OutputFormat | None
     warnings: tuple[str, ...]
 
 
@@ -79,6 +92,7 @@ def parse_job_input(job_input: object, *, allow_urls: bool = False) -> JobReques
         debug=_parse_flag(job_input, "debug"),
         timeout_s=_parse_timeout(job_input.get("timeout_s")),
         comfy_org_api_key=_parse_key(job_input.get("comfy_org_api_key")),
+        output_format=_parse_output_format(job_input.get("output_format"), job_input.get("output_quality")),
         warnings=tuple(warnings),
     )
 
@@ -239,6 +253,18 @@ def _parse_key(value: object) -> str | None:
     if value is not None and not isinstance(value, str):
         raise InputInvalid("'comfy_org_api_key' must be a string.")
     return value or None
+
+
+def _parse_output_format(name: object, quality: object) -> OutputFormat | None:
+    if name is not None and name not in OUTPUT_FORMATS:
+        raise InputInvalid(f"'output_format' must be one of {', '.join(OUTPUT_FORMATS)}.")
+    if quality is None:
+        return None if name is None else OutputFormat(str(name))
+    if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
+        raise InputInvalid("'output_quality' must be a whole number from 1 to 100.")
+    if name not in ("webp", "jpeg"):
+        raise InputInvalid("'output_quality' goes with the 'output_format' webp or jpeg only: PNG loses nothing.")
+    return OutputFormat(str(name), quality)
 
 
 # --- the result ------------------------------------------------------------------------------------------------------

@@ -91,10 +91,19 @@ class RamDisk:
         with self._open_file(kind, subfolder, filename) as file_fd:
             return os.fstat(file_fd).st_size
 
-    def read(self, kind: str, subfolder: str, filename: str) -> bytes:
-        """The whole file. Raises OutputMissing if it is not there, not a regular file, or outside."""
+    def has(self, kind: str, subfolder: str, filename: str) -> bool:
+        """Whether ComfyUI wrote such a file."""
+        try:
+            self.size_of(kind, subfolder, filename)
+        except OutputMissing:
+            return False
+        return True
+
+    def read(self, kind: str, subfolder: str, filename: str, most_bytes: int = -1) -> bytes:
+        """The whole file, or its first ``most_bytes``. Raises OutputMissing if it is not there, no regular file, or
+        outside."""
         with self._open_file(kind, subfolder, filename) as file_fd, os.fdopen(file_fd, "rb", closefd=False) as stream:
-            return stream.read()
+            return stream.read(most_bytes)
 
     def wipe(self, directories: tuple[str, ...] = JOB_DIRECTORIES) -> None:
         """Overwrite with zeros and remove all that is below ``directories``.

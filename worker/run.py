@@ -12,14 +12,15 @@ import contextlib
 import logging
 import re
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 from worker.comfyui import ComfyUI
 from worker.control import JobControl
 from worker.errors import ExecutionFailed, OutOfGpuMemory, WorkerError
 from worker.follow import Progress, PromptRun, RunOutcome
-from worker.outputs import returned_files
+from worker.outputs import lost_models, named_files
 from worker.payload import Workflow
+from worker.ramdisk import RamDisk
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +38,14 @@ def run_workflow(
     control: JobControl,
     on_progress: Callable[[Progress], None],
     interrupt_grace_s: float,
-    discard_outputs: Callable[[], None],
+    ramdisk: RamDisk,
     api_key: str | None = None,
 ) -> RunOutcome:
     """Run ``workflow`` to its end. Raises what `PromptRun.complete` does.
 
-    ``discard_outputs`` removes what a prompt has saved, before the next one.
+    What a prompt has saved on the ``ramdisk`` is removed before the next one.
     """
-    plan = _Plan(comfyui, workflow)
+    plan = _Plan(comfyui, workflow, ramdisk)
     while True:
         run = PromptRun(
             comfyui,
@@ -66,7 +67,7 @@ def run_workflow(
         else:
             if not plan.improves(outcome):
                 return outcome
-        discard_outputs()
+        ramdisk.wipe(("output", "temp"))
 
 
 def with_nonce(workflow: Workflow, node_ids: Collection[str]) -> Workflow:
@@ -84,9 +85,10 @@ def with_nonce(workflow: Workflow, node_ids: Collection[str]) -> Workflow:
 class _Plan:
     """Which nodes of a workflow have to run in its next prompt (``fresh``), and whether there is to be one."""
 
-    def __init__(self, comfyui: ComfyUI, workflow: Workflow) -> None:
+    def __init__(self, comfyui: ComfyUI, workflow: Workflow, ramdisk: RamDisk) -> None:
         self._comfyui = comfyui
         self._workflow = workflow
+        self._ramdisk = ramdisk
         self._stale_left = MAX_STALE
         self._pictures_left = MAX_LOST_PICTURES
         self._files_left = MAX_MISSING_FILES
@@ -109,22 +111,20 @@ class _Plan:
             log.info("running again: a node does not take the extra input")
             return True
         if kind.endswith("FileNotFoundError") and _OUR_FOLDERS.search(message) and self._files_left:
-            # A cached node has handed on the path of a file that the wipe removed.
-            makers = {maker for maker in self._upstream(node_id) & cached if self._takes_nonce(maker)}
-            self._files_left -= 1
-            self.fresh |= makers
-            log.info("running again: %d cached nodes, one of which had made a file", len(makers))
-            return bool(makers)
+            return self._makes_again([node_id], cached)
         return False
 
     def improves(self, outcome: RunOutcome) -> bool:
         """Whether the outcome is not what it should be and another prompt can help."""
-        stale = {output.node_id for output in returned_files(outcome)} & outcome.cached
+        stale = {output.node_id for output in named_files(outcome, self._ramdisk)} & outcome.cached
         if stale and self._stale_left:
             self._stale_left -= 1
             for node_id in stale:
                 self._refresh(node_id)
             log.info("running again: %d nodes named files of an earlier job", len(stale))
+            return True
+        lost = lost_models(outcome, self._ramdisk)
+        if lost and self._files_left and self._makes_again(lost, outcome.cached):
             return True
         if outcome.pictures_lost and self._pictures_left:
             self._pictures_left -= 1
@@ -133,6 +133,16 @@ class _Plan:
         if outcome.pictures_lost:
             outcome.warnings.append("The websocket to ComfyUI broke; pictures sent over it may be missing.")
         return False
+
+    def _makes_again(self, node_ids: Iterable[str], cached: Collection[str]) -> bool:
+        """A cached node has handed on the path of a file that the wipe removed to these: have it run."""
+        upstream = {maker for node_id in node_ids for maker in self._upstream(node_id)}
+        makers = {maker for maker in upstream.intersection(cached) if self._takes_nonce(maker)}
+        if makers:
+            self._files_left -= 1
+            self.fresh |= makers
+            log.info("running again: %d cached nodes, one of which had made a file", len(makers))
+        return bool(makers)
 
     def _refresh(self, node_id: str) -> None:
         """Have a node run in the next prompt: by its own nonce, by that of one that it links from, else by an empty

@@ -6,9 +6,9 @@ has, and of its nodes all but StandinCheckpoint, whose model no real sampler cou
 """
 
 from .hooks import install
-from .own_nodes import StandinFromFile, StandinSleep, StandinStrict, StandinTee, StandinToFile
+from .own_nodes import StandinFiles, StandinFromFile, StandinSleep, StandinStrict, StandinTee, StandinToFile
 
-_NODES = (StandinSleep, StandinStrict, StandinTee, StandinToFile, StandinFromFile)
+_NODES = (StandinSleep, StandinStrict, StandinTee, StandinToFile, StandinFromFile, StandinFiles)
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
 
 install()  # at import: ComfyUI calls nothing in a package of V1 nodes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import time
 import uuid
 from pathlib import Path
@@ -113,3 +115,25 @@ class StandinFromFile:
         with Image.open(path) as picture:
             pixels = numpy.array(picture.convert("RGB"), dtype="float32") / 255
         return (torch.from_numpy(pixels)[None],)
+
+
+class StandinFiles:
+    """Writes `files`, a JSON object of Base64 by path in the output folder, says `ui`, a JSON object, and gives the
+    first path."""
+
+    CATEGORY = "image"
+    RETURN_TYPES = ("STRING",)
+    OUTPUT_NODE = True
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"files": ("STRING", {"default": "{}"}), "ui": ("STRING", {"default": "{}"})}}
+
+    def run(self, files: str, ui: str) -> dict[str, Any]:
+        contents = json.loads(files)
+        for name, content in contents.items():
+            path = Path(folder_paths.get_output_directory(), name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(base64.b64decode(content))
+        return {"ui": json.loads(ui), "result": (next(iter(contents), ""),)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,70 @@ def test_audio_is_a_flac_of_its_length(fresh: ComfyUI, rate: int, channels: int,
     assert (packed >> 44, (packed >> 41 & 7) + 1, packed & (1 << 36) - 1) == (rate, channels, int(rate * seconds))
     answer = fresh.get("/view?filename=quiet_00001_.flac&subfolder=audio")
     assert (answer.status_code, answer.content) == (200, content)
+
+
+@pytest.mark.parametrize(
+    ("class_type", "quality", "suffix", "begins"),
+    [("SaveAudioMP3", "128k", "mp3", b"ID3|\xff\xfb"), ("SaveAudioOpus", "64k", "opus", b"OggS")],
+)
+def test_audio_is_saved_in_other_formats(
+    fresh: ComfyUI, class_type: str, quality: str, suffix: str, begins: bytes
+) -> None:
+    silence = node("EmptyAudio", duration=0.5, sample_rate=48000, channels=2)
+    end = node(class_type, audio=["1", 0], filename_prefix="audio/quiet", quality=quality)
+    path, item = saved(fresh.run({"1": silence, "9": end}), fresh, "audio")
+    assert item == {"filename": f"quiet_00001_.{suffix}", "subfolder": "audio", "type": "output"}
+    assert re.match(begins, path.read_bytes())
+
+
+def test_a_preview_of_audio_is_a_flac_in_temp(fresh: ComfyUI) -> None:
+    silence = node("EmptyAudio", duration=0.5, sample_rate=48000, channels=2)
+    run = fresh.run({"1": silence, "9": node("PreviewAudio", audio=["1", 0])})
+    (item,) = run.history["outputs"]["9"]["audio"]
+    assert re.fullmatch(r"ComfyUI_temp_[a-z]{5}_00001_\.flac", item["filename"])
+    assert (item["subfolder"], item["type"]) == ("", "temp")
+    assert (fresh.temp / item["filename"]).read_bytes()[:4] == b"fLaC"
+
+
+def test_a_webm_is_named_as_an_animated_image(fresh: ComfyUI) -> None:
+    end = node("SaveWEBM", images=["1", 0], filename_prefix="clip", codec="vp9", fps=4.0, crf=32.0)
+    run = fresh.run({**film(fresh), "9": end})
+    path, item = saved(run, fresh, "images")
+    assert item == {"filename": "clip_00001_.webm", "subfolder": "", "type": "output"}
+    assert run.history["outputs"]["9"]["animated"] == [True]
+    assert path.read_bytes()[:4] == b"\x1a\x45\xdf\xa3"
+
+
+def test_a_latent_is_a_safetensors_file_with_the_workflow(fresh: ComfyUI) -> None:
+    latent = node("EmptyLatentImage", width=64, height=48, batch_size=2)
+    workflow = {"1": latent, "9": node("SaveLatent", samples=["1", 0], filename_prefix="latents/l")}
+    path, item = saved(fresh.run(workflow), fresh, "latents")
+    assert item == {"filename": "l_00001_.latent", "subfolder": "latents", "type": "output"}
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert json.loads(header.pop("__metadata__")["prompt"]) == workflow
+    assert header["latent_tensor"] == {"dtype": "F32", "shape": [2, 4, 6, 8], "data_offsets": [0, 1536]}
+    assert header["latent_format_version_0"]["shape"] == [0]
+    assert len(content) == 8 + int.from_bytes(content[:8], "little") + 1536
+
+
+def test_two_images_to_compare_are_previews(fresh: ComfyUI) -> None:
+    sides = {"image_a": ["1", 0], "image_b": ["2", 0]}
+    workflow = {"1": empty(8, 8, 0xFF0000), "2": empty(8, 8, 255), "9": node("ImageCompare", compare_view="", **sides)}
+    outputs = fresh.run(workflow).history["outputs"]["9"]
+    assert set(outputs) == {"a_images", "b_images"}
+    for side in "ab":
+        (item,) = outputs[f"{side}_images"]
+        assert (item["type"], item["subfolder"]) == ("temp", "")
+        assert item["filename"].startswith(f"comfy.compare.{side}")
+        assert (fresh.temp / item["filename"]).is_file()
+
+
+def test_a_preview_of_a_model_names_the_path_it_was_given(fresh: ComfyUI) -> None:
+    run = fresh.run({"1": empty(), "9": node("Preview3D", model_file="mesh/a.glb", bg_image=["1", 0])})
+    path, camera, background = run.history["outputs"]["9"]["result"]
+    assert (path, camera) == ("mesh/a.glb", None)
+    assert (fresh.temp / background.removeprefix("temp/")).is_file()
 
 
 def test_a_saved_picture_can_be_loaded_from_the_output_folder(fresh: ComfyUI) -> None:

@@ -14,7 +14,7 @@ from comfyui_client import ComfyUI
 
 RECORDED = json.loads((Path(__file__).parent / "object_info_nodes.json").read_text())
 COMPARED = ("output", "output_is_list", "output_name", "output_node", "name", "display_name", "category")
-OWN_NODES = {f"Standin{name}" for name in ("Checkpoint", "Sleep", "Strict", "Tee", "ToFile", "FromFile")}
+OWN_NODES = {f"Standin{name}" for name in ("Checkpoint", "Sleep", "Strict", "Tee", "ToFile", "FromFile", "Files")}
 
 
 def comparable(info: dict[str, Any]) -> dict[str, Any]:

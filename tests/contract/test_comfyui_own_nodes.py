@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from typing import Any
 
 from comfyui_client import ComfyUI, empty, post, quick, save
@@ -76,3 +78,14 @@ def test_a_path_that_is_handed_on_comes_from_the_cache_although_the_file_is_gone
     messages = fresh.run(workflow).history["status"]["messages"]
     assert messages[-1][1]["exception_type"] == "FileNotFoundError"
     assert "/temp/standin_" in messages[-1][1]["exception_message"]
+
+
+def test_a_node_can_have_any_outputs(fresh: ComfyUI) -> None:
+    said = {"3d": [{"filename": "a.glb", "subfolder": "mesh", "type": "output"}], "text": ["two", 2]}
+    files = {"mesh/a.glb": base64.b64encode(b"glTF").decode(), "b.csv": ""}
+    inputs = {"files": json.dumps(files), "ui": json.dumps(said)}
+    workflow = {"1": {"class_type": "StandinFiles", "inputs": inputs}}
+    workflow["2"] = {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}}
+    run = fresh.run(workflow)
+    assert run.history["outputs"] == {"1": said, "2": {"text": ["mesh/a.glb"]}}
+    assert ((fresh.output / "mesh/a.glb").read_bytes(), (fresh.output / "b.csv").read_bytes()) == (b"glTF", b"")

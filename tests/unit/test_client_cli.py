@@ -101,6 +101,21 @@ def test_a_job_is_sent_as_agreed_and_its_picture_saved(folder: Folder) -> None:
     assert "delayTime: 12" in err
 
 
+def test_the_wanted_format_is_sent(folder: Folder) -> None:
+    folder.server.script = completed(SAVED)
+    assert folder.job("--format", "webp", "--quality", "80")[0] == 0
+    sent = folder.sent()["input"]
+    assert (sent["output_format"], sent["output_quality"]) == ("webp", 80)
+    assert set(sent) == {"workflow", "images", "output_format", "output_quality"}
+
+
+@pytest.mark.parametrize("wish", [("--quality", "80"), ("--quality", "80", "--format", "png"), ("--quality", "101")])
+def test_a_quality_that_means_nothing_is_refused(folder: Folder, wish: tuple[str, ...]) -> None:
+    code, _, err = folder.job(*wish)
+    assert (code, folder.server.requests) == (2, [])
+    assert "quality" in err
+
+
 def test_debug_tells_times_and_where_to_look(folder: Folder) -> None:
     debug = {"prompt_id": "p-1", "files": ["/dev/shm/comfyui/output/a.png"]}
     folder.server.script = completed({**SAVED, "timings_ms": {"run": 7.5}, "debug": debug})

@@ -33,6 +33,7 @@ from worker.errors import (
 from worker.feed import Feed, _parse_message
 from worker.follow import Progress, PromptRun, RunOutcome
 from worker.process import ComfyUIProcess
+from worker.ramdisk import RamDisk
 from worker.run import NONCE_INPUT, run_workflow
 
 Workflow = dict[str, dict[str, Any]]
@@ -89,6 +90,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "QUIET_S", 0.2)
 
 
+class Kept(RamDisk):
+    """One that is not there: ComfyUI has its own folders here, and what it saves stays."""
+
+    def wipe(self, directories: tuple[str, ...] = ()) -> None:
+        pass
+
+
 def run(
     comfyui: ComfyUI,
     workflow: Workflow,
@@ -103,7 +111,7 @@ def run(
         control=control,
         on_progress=on_progress,
         interrupt_grace_s=5,
-        discard_outputs=lambda: None,
+        ramdisk=Kept(Path("/no/ramdisk")),
         api_key=api_key,
     )
 
@@ -303,6 +311,17 @@ def test_an_output_node_with_consumers_runs_again_where_its_files_are_of_an_earl
             (root / "output" / entry["filename"]).unlink()
     assert [with_nonce_in(sent) for sent in comfyui.submitted] == [["2"], ["2"], ["2", "7"]]
     assert not comfyui.memory_was_freed
+
+
+def test_a_cached_node_whose_file_name_another_node_has_used_again_runs_again(
+    comfyui: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = {"filename": "a_00001_.png", "subfolder": "", "type": "output"}
+    status = {"status_str": "success", "completed": True, "messages": [["execution_cached", {"nodes": ["1"]}]]}
+    record = {"outputs": {"2": {"images": [entry]}, "1": {"images": [entry]}}, "status": status}
+    monkeypatch.setattr(comfyui, "history", lambda *_: record)
+    run(comfyui, save_workflow())
+    assert [with_nonce_in(sent) for sent in comfyui.submitted][:2] == [["2"], ["1", "2"]]
 
 
 # --- the history ---

@@ -161,15 +161,18 @@ def ends_with_a_box(data: bytes) -> bool:
     return position <= len(data)
 
 
+GLB = struct.pack("<4sII", b"glTF", 2, 112) + bytes(100)
+LATENT_HEADER = b'{"latent_tensor":{"dtype":"F32","shape":[25],"data_offsets":[0,100]},"__metadata__":{"prompt":"{}"}}'
+LATENT = struct.pack("<Q", len(LATENT_HEADER)) + LATENT_HEADER + bytes(100)
 STRUCTURED = {
     form: data for form, data in WHOLE.items() if form not in ("bmp", "tiff", "tga", "ico", "jpeg 2000", "mpo")
-} | {"mp4": MP4}
+} | {"mp4": MP4, "glb": GLB, "latent": LATENT}
 
 
-@pytest.mark.parametrize("form", [*WHOLE, "mp4", "fragmented mp4", "text"])
+@pytest.mark.parametrize("form", [*WHOLE, "mp4", "fragmented mp4", "glb", "latent", "text", "JSON"])
 def test_a_whole_output_is_not_cut_short(form: str) -> None:
-    others = {"mp4": MP4, "fragmented mp4": FRAGMENTED_MP4, "text": b"a caption"}
-    assert not is_cut_short({**WHOLE, **others}[form])
+    others = {"fragmented mp4": FRAGMENTED_MP4, "text": b"a caption", "JSON": b'[       {"cut": '}
+    assert not is_cut_short({**WHOLE, **STRUCTURED, **others}[form])
 
 
 @pytest.mark.parametrize("form", STRUCTURED)
@@ -186,8 +189,12 @@ def test_an_empty_output_is_cut_short() -> None:
     assert is_cut_short(b"")
 
 
+SIGNATURES = [b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"GIF89a", b"RIFF....WEBP", b"....ftyp", b"glTF"]
+SIGNATURES.append(b'\x09\0\0\0\0\0\0\0{"')  # safetensors
+
+
 @given(
-    start=st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"GIF89a", b"RIFF....WEBP", b"....ftyp"]),
+    start=st.sampled_from(SIGNATURES),
     rest=st.binary(),
 )
 def test_any_bytes_are_cut_short_or_not(start: bytes, rest: bytes) -> None:

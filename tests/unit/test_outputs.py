@@ -1,17 +1,28 @@
 """From ComfyUI's history to the items of a result."""
 
 import base64
+import contextlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.unit.test_media import encoded
 from worker.errors import NoOutput, OutputDamaged, OutputMissing, ResultTooLarge
 from worker.follow import RunOutcome
-from worker.outputs import collect_outputs, result_limit_bytes, unnamed_files
+from worker.outputs import (
+    collect_outputs,
+    lost_models,
+    named_files,
+    result_limit_bytes,
+    returned_files,
+    unnamed_files,
+)
 from worker.ramdisk import RamDisk
 
 NO_LIMIT = 10**9
@@ -45,8 +56,17 @@ def collect(ramdisk: RamDisk, outputs: dict[str, Any], limit_bytes: int = NO_LIM
         ("gifs", "a.webm", "videos", "video/webm"),
         ("audio", "a.flac", "audio", "audio/flac"),
         ("audio", "a.mp3", "audio", "audio/mpeg"),
+        ("audio", "a.opus", "audio", "audio/ogg"),
+        ("audio", "A.MID", "audio", "audio/midi"),
         ("latents", "a.latent", "files", "application/octet-stream"),
-        ("result", "a.glb", "files", "model/gltf-binary"),
+        ("3d", "a.glb", "files", "model/gltf-binary"),
+        ("3d", "a.obj", "files", "model/obj"),
+        ("3d", "a.usdz", "files", "model/vnd.usdz+zip"),
+        ("3d", "a.ply", "files", "application/octet-stream"),
+        ("images", "a.svg", "images", "image/svg+xml"),
+        ("a_images", "a.png", "images", "image/png"),
+        ("csv_path", "a.csv", "files", "text/csv"),
+        ("files", "README", "files", "application/octet-stream"),
     ],
 )
 def test_every_kind_of_file_becomes_an_item_of_its_list(
@@ -65,6 +85,119 @@ def test_every_kind_of_file_becomes_an_item_of_its_list(
         "subfolder": entry["subfolder"],
     }
     assert set(lists) == {"images", category}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "category", "media_type"),
+    [
+        ("a.png", encoded(Image.new("RGB", (4, 4)), "JPEG"), "images", "image/jpeg"),
+        ("a.bin", encoded(Image.new("RGB", (4, 4)), "WEBP"), "images", "image/webp"),
+        ("a.apng", encoded(Image.new("RGB", (4, 4)), "PNG"), "images", "image/apng"),
+        ("a", encoded(Image.new("RGB", (4, 4)), "AVIF"), "images", "image/avif"),
+        ("a.tmp", b"fLaC" + bytes(20), "audio", "audio/flac"),
+        ("a.mp3", b"RIFF\x0c\0\0\0WAVE" + bytes(8), "audio", "audio/wav"),
+    ],
+)
+def test_a_content_that_disagrees_with_its_suffix_says_the_media_type(
+    ramdisk: RamDisk, name: str, content: bytes, category: str, media_type: str
+) -> None:
+    (item,) = collect(ramdisk, {"1": {"images": [put(ramdisk, name, content)]}})[category]
+    assert (item["filename"], item["media_type"]) == (name, media_type)
+
+
+def test_a_file_is_returned_once_for_the_first_node_that_names_it(ramdisk: RamDisk) -> None:
+    first, second = put(ramdisk, "video/a.png"), put(ramdisk, "b.png")
+    again = {**first, "subfolder": "video/", "format": "image/png", "fullpath": "/somewhere/else/a.png"}
+    outputs = {"7": {"images": [first, second]}, "3": {"gifs": [again], "images": [again, put(ramdisk, "c.png")]}}
+    lists = collect(ramdisk, outputs)
+    assert [(item["node_id"], item["filename"]) for item in lists["images"]] == [
+        ("7", "a.png"),
+        ("7", "b.png"),
+        ("3", "c.png"),
+    ]
+
+
+def test_every_node_that_names_a_file_is_known(ramdisk: RamDisk) -> None:
+    """One of them may be a cached node, whose file this was: it has to run again (`_Plan.improves`)."""
+    entry = put(ramdisk, "a.png")
+    outcome = RunOutcome("prompt", {"1": {"images": [entry]}, "2": {"images": [entry]}})
+    assert [output.node_id for output in named_files(outcome, ramdisk)] == ["1", "2"]
+    assert [output.node_id for output in returned_files(outcome, ramdisk)] == ["1"]
+
+
+def test_a_folder_in_the_file_name_is_a_subfolder(ramdisk: RamDisk) -> None:
+    put(ramdisk, "video/a.png")
+    (item,) = collect(ramdisk, {"1": {"images": [{"filename": "video/a.png", "type": "output"}]}})["images"]
+    assert (item["subfolder"], item["filename"]) == ("video", "a.png")
+
+
+def test_a_file_that_only_a_path_names_is_returned(ramdisk: RamDisk) -> None:
+    put(ramdisk, "video/a.glb")
+    put(ramdisk, "b.glb")
+    put(ramdisk, "bg.png", kind="temp")
+    camera: dict[str, Any] = {"position": [1, 2, 3]}
+    outputs = {
+        "4": {"result": ["video/a.glb", camera, "temp/bg.png"]},  # as Preview3D has it
+        "5": {
+            "paths": [f"{ramdisk.root}/output/b.glb", "no/such.glb", "../temp/bg.png", "/etc/passwd", "\0", "x" * 9999]
+        },
+        "6": {"result": ["video", None, "video/a.glb"]},
+    }
+    items = collect(ramdisk, outputs)["files"]
+    assert [(item["node_id"], item["subfolder"], item["filename"]) for item in items] == [
+        ("4", "video", "a.glb"),
+        ("5", "", "b.glb"),
+    ]
+    assert unnamed_files(RunOutcome("prompt", outputs), ramdisk) == []
+
+
+def test_a_model_that_is_shown_and_not_there_is_a_lost_one(ramdisk: RamDisk) -> None:
+    put(ramdisk, "a.glb")
+    shown = {"1": "a.glb", "2": "lost.GLB", "3": "a caption.txt", "4": "../a.glb", "5": "x" * 9999 + ".obj"}
+    outputs: dict[str, Any] = {node_id: {"result": [path, None, None]} for node_id, path in shown.items()}
+    outputs |= {"6": {"result": []}, "7": {"result": [3]}, "8": {"text": ["lost.glb"]}, "9": {"result": "lost.glb"}}
+    assert lost_models(RunOutcome("prompt", outputs), ramdisk) == ["2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("output", "texts"),
+    [
+        ({"text": ["one", "two"]}, ["one", "two"]),
+        ({"text": [["one", ["two"]], "three"]}, ["one", "two", "three"]),
+        ({"text": [7, 0.5, True, None, {"a": "b"}]}, ["7", "0.5", "true"]),
+        ({"tags": ["cat, sofa"], "scores": [[0.9]]}, ["cat, sofa"]),
+        ({"string": ["a cat"]}, ["a cat"]),
+        ({"text": "no list"}, ["no list"]),
+        ({"text": []}, None),
+    ],
+)
+def test_texts_come_in_many_forms(ramdisk: RamDisk, output: dict[str, Any], texts: list[str] | None) -> None:
+    lists = collect(ramdisk, {"1": output, "2": {"images": [put(ramdisk, "a.png")]}})
+    assert [item["text"] for item in lists.get("texts", [])] == (texts or [])
+    assert ("texts" in lists) == (texts is not None)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("a.png"),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text() | st.sampled_from(["filename", "subfolder", "type"]), inner, max_size=4)
+    ),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(outputs=st.dictionaries(st.text(), st.dictionaries(st.text() | st.sampled_from(["text", "images"]), JSON)))
+def test_whatever_a_node_puts_into_the_history_gives_a_result_or_a_failure(outputs: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("output", "temp"):
+            Path(folder, name).mkdir()
+        disk = RamDisk(Path(folder))
+        entry = put(disk, "a.png")
+        with contextlib.suppress(OutputMissing):
+            lists = collect(disk, {**outputs, "last": {"images": [entry]}})
+            assert [item["filename"] for item in lists["images"]] == ["a.png"]
 
 
 @pytest.mark.parametrize("other", [True, 3, None, "words", {"a": 1}, ["words", 5, None, {"no": "filename"}]])

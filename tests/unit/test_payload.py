@@ -13,7 +13,7 @@ from PIL import Image
 
 from worker.errors import InputInvalid, MediaInvalid, WorkerError, WorkflowInvalid
 from worker.https_url import HttpsUrl
-from worker.payload import InputFile, UrlInput, json_safe, parse_job_input
+from worker.payload import InputFile, OutputFormat, UrlInput, json_safe, parse_job_input
 
 
 def png() -> bytes:
@@ -174,6 +174,39 @@ def test_a_name_is_kept_as_the_workflow_spells_it() -> None:
     assert parse_job_input(job(files={name: "AAAA"})).files[0].name == name
 
 
+@pytest.mark.parametrize(
+    ("wish", "expected"),
+    [
+        ({}, None),
+        ({"output_format": None, "output_quality": None}, None),
+        ({"output_format": "png"}, OutputFormat("png")),
+        ({"output_format": "webp", "output_quality": 1}, OutputFormat("webp", 1)),
+        ({"output_format": "jpeg", "output_quality": 100}, OutputFormat("jpeg", 100)),
+    ],
+)
+def test_the_format_of_the_pictures_is_asked_for(wish: dict[str, Any], expected: OutputFormat | None) -> None:
+    assert parse_job_input(job(**wish)).output_format == expected
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({"output_format": "gif"}, "'output_format' must be one of png, webp, jpeg"),
+        ({"output_format": ["png"]}, "'output_format' must be one of png, webp, jpeg"),
+        ({"output_format": "webp", "output_quality": 0}, "whole number from 1 to 100"),
+        ({"output_format": "webp", "output_quality": 101}, "whole number from 1 to 100"),
+        ({"output_format": "webp", "output_quality": True}, "whole number from 1 to 100"),
+        ({"output_format": "webp", "output_quality": 80.5}, "whole number from 1 to 100"),
+        ({"output_format": "webp", "output_quality": "80"}, "whole number from 1 to 100"),
+        ({"output_format": "png", "output_quality": 80}, "PNG loses nothing"),
+        ({"output_quality": 80}, "webp or jpeg only"),
+    ],
+)
+def test_a_format_that_cannot_be_is_refused(wish: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputInvalid, match=words):
+        parse_job_input(job(**wish))
+
+
 @settings(max_examples=400, deadline=None)
 @given(JSON)
 def test_any_json_is_understood_or_refused(job_input: object) -> None:
@@ -189,6 +222,8 @@ def test_any_json_is_understood_or_refused(job_input: object) -> None:
             "files": st.dictionaries(st.text(), st.just(CODED), max_size=3),
             "debug": JSON,
             "timeout_s": JSON | st.floats(),
+            "output_format": JSON | st.just("webp"),
+            "output_quality": JSON,
             "comfy_org_api_key": JSON,
         },
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .audio_nodes import EmptyAudio, PreviewAudio, SaveAudio, SaveAudioMP3, SaveAudioOpus
 from .compose_nodes import GetImageSize, ImageBlur, ImageStitch, LoadImageMask, LoadImageOutput, MaskToImage
 from .image_nodes import (
     EmptyImage,
@@ -13,13 +14,14 @@ from .image_nodes import (
     LoadImage,
     StandinSleep,
 )
-from .media_nodes import CreateVideo, EmptyAudio, SaveAnimatedPNG, SaveAnimatedWEBP, SaveAudio, SaveVideo
+from .media_nodes import CreateVideo, SaveAnimatedPNG, SaveAnimatedWEBP, SaveVideo, SaveWEBM
 from .node import Node
 from .sampler_nodes import (
     CheckpointLoaderSimple,
     CLIPTextEncode,
     EmptyLatentImage,
     KSampler,
+    SaveLatent,
     StandinCheckpoint,
     VAEDecode,
 )
@@ -41,6 +43,7 @@ from .text_nodes import (
     PrimitiveStringMultiline,
     StringConcatenate,
 )
+from .view_nodes import ImageCompare, Preview3D, StandinFiles
 
 NODE_CLASSES: dict[str, type[Node]] = {
     node_class.__name__: node_class
@@ -67,6 +70,13 @@ NODE_CLASSES: dict[str, type[Node]] = {
         SaveVideo,
         EmptyAudio,
         SaveAudio,
+        SaveAudioMP3,
+        SaveAudioOpus,
+        PreviewAudio,
+        SaveWEBM,
+        SaveLatent,
+        ImageCompare,
+        Preview3D,
         PreviewAny,
         PrimitiveString,
         PrimitiveStringMultiline,
@@ -85,5 +95,6 @@ NODE_CLASSES: dict[str, type[Node]] = {
         StandinTee,
         StandinToFile,
         StandinFromFile,
+        StandinFiles,
     )
 }

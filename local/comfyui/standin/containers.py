@@ -1,10 +1,14 @@
-"""Small real media files, made by hand: an MP4 of JPEG pictures (ISO 14496-12), a FLAC of silence (RFC 9639)."""
+"""Small real media files, made by hand: MP4 of JPEG pictures (ISO 14496-12), WebM of VP8 pictures (RFC 9559), and
+silence as FLAC (RFC 9639), MP3 (ISO 11172-3) and Opus (RFC 7845); and safetensors."""
 
 from __future__ import annotations
 
+import json
 import struct
+from typing import Any
 
 _FLAC_BLOCK = 4096
+_MP3_FRAME = 1152
 _MATRIX = struct.pack(">9I", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
 
 
@@ -28,6 +32,65 @@ def flac_of_silence(sample_rate: int, channels: int, samples: int, tags: dict[st
     stream = b"fLaC" + _flac_metadata(0, info) + _flac_metadata(0x84, comment_block)
     lengths = [_FLAC_BLOCK] * (samples // _FLAC_BLOCK) + [samples % _FLAC_BLOCK] * (samples % _FLAC_BLOCK > 0)
     return stream + b"".join(_flac_frame(number, length, channels) for number, length in enumerate(lengths))
+
+
+def mp3_of_silence(sample_rate: int, channels: int, samples: int) -> bytes:
+    """Frames of 128 kbit/s whose side information and data are zero. Raises KeyError for other rates than MPEG-1's."""
+    rate_index = {44100: 0, 48000: 1, 32000: 2}[sample_rate]
+    header = bytes([0xFF, 0xFB, 9 << 4 | rate_index << 2, (0 if channels == 2 else 3) << 6])
+    return header.ljust(144 * 128_000 // sample_rate, b"\0") * -(-samples // _MP3_FRAME)
+
+
+def opus_of_silence(channels: int, seconds: float) -> bytes:
+    """An Ogg stream, one page for each packet of 20 ms."""
+    head = b"OpusHead" + struct.pack("<BBHIhB", 1, channels, 0, 48000, 0, 0)
+    tags = b"OpusTags" + struct.pack("<I8sI", 8, b"stand-in", 0)
+    count = max(1, round(seconds * 50))
+    packet = bytes([0xFC if channels == 2 else 0xF8, 0xFF, 0xFE])
+    pages = [_ogg_page(0, 2, 0, head), _ogg_page(1, 0, 0, tags)]
+    pages += [_ogg_page(2 + number, 4 * (number + 1 == count), 960 * (number + 1), packet) for number in range(count)]
+    return b"".join(pages)
+
+
+def webm_of_vp8(pictures: list[bytes], size: tuple[int, int], fps: float) -> bytes:
+    """A video track of VP8 key frames, each as a lossy WebP file holds it."""
+    head = _ebml(0x1A45DFA3, *(_ebml(*field) for field in ((0x4282, b"webm"), (0x4287, b"\2"), (0x4285, b"\2"))))
+    duration = struct.pack(">d", 1000 * len(pictures) / fps)
+    info = _ebml(0x1549A966, _ebml(0x2AD7B1, b"\x0f\x42\x40"), _ebml(0x4489, duration))
+    sides = (_ebml(0xB0, struct.pack(">H", size[0])), _ebml(0xBA, struct.pack(">H", size[1])))
+    fields = (_ebml(0xD7, b"\1"), _ebml(0x73C5, b"\1"), _ebml(0x83, b"\1"), _ebml(0x86, b"V_VP8"), _ebml(0xE0, *sides))
+    blocks = [
+        _ebml(0xA3, struct.pack(">BhB", 0x81, round(1000 * number / fps), 0x80), picture)
+        for number, picture in enumerate(pictures)
+    ]
+    tracks = _ebml(0x1654AE6B, _ebml(0xAE, *fields))
+    return head + _ebml(0x18538067, info, tracks, _ebml(0x1F43B675, _ebml(0xE7, b"\0"), *blocks))
+
+
+def safetensors(header: dict[str, Any], data: bytes) -> bytes:
+    """`header` describes the tensors whose bytes `data` holds; it is filled up to a multiple of 8 bytes."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def vp8_of_webp(webp: bytes) -> bytes:
+    """The one frame of a lossy WebP file."""
+    start = webp.index(b"VP8 ")
+    return webp[start + 8 : start + 8 + int.from_bytes(webp[start + 4 : start + 8], "little")]
+
+
+def _ebml(element: int, *parts: bytes) -> bytes:
+    content = b"".join(parts)
+    length = (1 << 56 | len(content)).to_bytes(8, "big")
+    return element.to_bytes((element.bit_length() + 7) // 8, "big") + length + content
+
+
+def _ogg_page(number: int, flags: int, position: int, packet: bytes) -> bytes:
+    head = b"OggS" + struct.pack("<BBqII", 0, flags, position, 1, number)
+    lacing = bytes([1, len(packet)])  # one segment: the packets here are short
+    checksum = struct.pack("<I", _crc(head + bytes(4) + lacing + packet, 32, 0x04C11DB7))
+    return head + checksum + lacing + packet
 
 
 def _moov(pictures: list[bytes], size: tuple[int, int], scale: int, step: int, offset: int) -> bytes:

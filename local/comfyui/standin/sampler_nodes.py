@@ -6,6 +6,8 @@ give the same picture, and any change of them another one.
 
 from __future__ import annotations
 
+import json
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -13,9 +15,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from .containers import safetensors
 from .folders import Folders
 from .images import Batch, Frame
 from .node import Context, Inputs, Node, Result
+from .saving import write_output
 
 _SAMPLERS = [
     "euler",
@@ -146,6 +150,33 @@ class EmptyLatentImage(Node):
         # A latent has an eighth of the picture's sides, rounded down.
         size = (inputs["width"] // 8 * 8, inputs["height"] // 8 * 8)
         return Result((Latent((Image.new("RGB", size),) * inputs["batch_size"]),))
+
+
+class SaveLatent(Node):
+    """Writes a latent of zeros, whatever the pictures."""
+
+    display_name = "SaveLatent"
+    category = "_for_testing"
+    output_node = True
+
+    @classmethod
+    def inputs(cls, folders: Folders) -> Inputs:
+        required = {"samples": ("LATENT",), "filename_prefix": ("STRING", {"default": "latents/ComfyUI"})}
+        return {"required": required, "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}}
+
+    def run(self, context: Context, **inputs: Any) -> Result:
+        pictures = inputs["samples"].pictures
+        shape = [len(pictures), 4, pictures[0].height // 8, pictures[0].width // 8]
+        size_bytes = 4 * math.prod(shape)
+        header: dict[str, Any] = {
+            "latent_format_version_0": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},
+            "latent_tensor": {"dtype": "F32", "shape": shape, "data_offsets": [0, size_bytes]},
+        }
+        if context.metadata:
+            more = {name: json.dumps(value) for name, value in (inputs["extra_pnginfo"] or {}).items()}
+            header["__metadata__"] = {"prompt": json.dumps(inputs["prompt"]), **more}
+        content = safetensors(header, bytes(size_bytes))
+        return Result(ui={"latents": [write_output(context.folders, inputs["filename_prefix"], "latent", content)]})
 
 
 class VAEDecode(Node):

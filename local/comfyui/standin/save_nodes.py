@@ -32,7 +32,8 @@ class SaveImage(Node):
 
     def run(self, context: Context, **inputs: Any) -> Result:
         metadata = _png_metadata(inputs) if context.metadata else None
-        return _save(inputs["images"], inputs["filename_prefix"], context.folders.output, "output", metadata, 4)
+        folder, prefix = context.folders.output, inputs["filename_prefix"]
+        return Result(ui={"images": save_images(inputs["images"], prefix, folder, "output", metadata, 4)})
 
 
 class PreviewImage(Node):
@@ -49,7 +50,8 @@ class PreviewImage(Node):
 
     def run(self, context: Context, **inputs: Any) -> Result:
         metadata = _png_metadata(inputs) if context.metadata else None
-        return _save(inputs["images"], self._prefix, context.folders.temp, "temp", metadata, 1)
+        folder = context.folders.temp
+        return Result(ui={"images": save_images(inputs["images"], self._prefix, folder, "temp", metadata, 1)})
 
 
 class SaveImageWebsocket(Node):
@@ -145,7 +147,10 @@ def _png_metadata(inputs: Mapping[str, Any]) -> PngInfo:
     return metadata
 
 
-def _save(images: Batch, prefix: str, folder: Path, kind: str, metadata: PngInfo | None, compress_level: int) -> Result:
+def save_images(
+    images: Batch, prefix: str, folder: Path, kind: str, metadata: PngInfo | None, compress_level: int
+) -> list[dict[str, str]]:
+    """Write every frame as a PNG and give the entries of the history that name them."""
     place = save_place(folder, prefix, *images.size)
     files = []
     for number, frame in enumerate(images.frames):
@@ -153,4 +158,4 @@ def _save(images: Batch, prefix: str, folder: Path, kind: str, metadata: PngInfo
         name = f"{stem}_{place.counter + number:05}_.png"
         frame.to_pixels().save(place.folder / name, pnginfo=metadata, compress_level=compress_level)
         files.append({"filename": name, "subfolder": place.subfolder, "type": kind})
-    return Result(ui={"images": files})
+    return files

@@ -174,7 +174,7 @@ class _Checker:
             raise _Refused(_problem("bad_linked_input", message, name, {**about, "received_value": link}))
         source, slot = link
         received = NODE_CLASSES[self._workflow[source]["class_type"]].returns[slot]
-        if kind != "*" and received not in (kind, "*"):
+        if kind != "*" and received not in (*kind.split(","), "*"):
             details = f"{name}, received_type({received}) mismatch input_type({kind})"
             about.update(received_type=received, linked_node=link)
             raise _Refused(
