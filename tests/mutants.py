@@ -41,7 +41,7 @@ MUTANTS = [
     Mutant("rename", "worker/ramdisk.py", 'f".{secrets.token_hex(8)}.part"', "leaf", "tests/process/test_write_order.py tests/unit/test_ramdisk.py"),
     Mutant("wipe: zeros", "worker/ramdisk.py", "overwrite_with_zeros(entry.name, directory_fd)", "pass", f"{MAIN} -k debug_keeps"),
     Mutant("wipe: after the job", "rp_handler.py", 'with steps("wipe"):\n                    self._wipe()', "pass", f"{MAIN} -k three_jobs"),
-    Mutant("wipe: before the job", "rp_handler.py", "self.ramdisk.wipe()\n        return state", "return state", f"{MAIN} -k debug_keeps"),
+    Mutant("wipe: before the job", "rp_handler.py", "self.ramdisk.wipe()\n        if state == ", "if state == ", f"{MAIN} -k debug_keeps"),
     Mutant("wipe: the log", "worker/process.py", "os.truncate(self._log_path, 0)", "pass", f"{MAIN} -k three_jobs"),
     Mutant("wiped at the start", "start.sh", "        wipe_ramdisk || die", "        true || die", f"{STOPPING} -k killed_worker"),
     Mutant("status is read", "worker/follow.py", "if failure is not None:", "if False:", f"{MAIN} -k cannot_run"),

@@ -21,6 +21,7 @@ class Config:
     job_timeout_s: float
     interrupt_grace_s: float
     result_limit_bytes: int | None
+    restart_comfyui_each_job: bool
     log_level: str
 
     @classmethod
@@ -33,6 +34,9 @@ class Config:
         level = (environ.get("LOG_LEVEL") or "INFO").upper()
         if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise ConfigError(f"LOG_LEVEL is {level!r}; use DEBUG, INFO, WARNING or ERROR.")
+        restart = environ.get("RESTART_COMFYUI") or ""
+        if restart not in ("", "each-job"):
+            raise ConfigError(f"RESTART_COMFYUI is {restart!r}; set it to each-job, or not at all.")
         return cls(
             ramdisk_dir=Path(environ.get("RAMDISK_DIR") or "/dev/shm/comfyui"),
             comfyui_port=int(_required(environ, "COMFYUI_PORT", 8188, least=1, most=65535)),
@@ -40,6 +44,7 @@ class Config:
             job_timeout_s=_required(environ, "JOB_TIMEOUT_S", 3600, least=1, most=604_800),
             interrupt_grace_s=_required(environ, "INTERRUPT_GRACE_S", 10, least=0.1, most=600),
             result_limit_bytes=None if limit_mb is None else int(limit_mb * 1_000_000),
+            restart_comfyui_each_job=restart == "each-job",
             log_level=level,
         )
 
