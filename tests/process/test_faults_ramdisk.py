@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,11 @@ def small_disk(options: str) -> Iterator[Path]:
 def small_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     """A worker on a RAM disk of SMALL_MB that takes 300 files."""
     log_path = tmp_path_factory.mktemp("small") / "log"
-    with small_disk(f"size={SMALL_MB}m,nr_inodes=300") as folder:
-        with boot(log_path, **FAULT_SETTINGS, RAMDISK_DIR=str(folder)) as driver:
-            yield driver
+    with (
+        small_disk(f"size={SMALL_MB}m,nr_inodes=300") as folder,
+        boot(log_path, **FAULT_SETTINGS, RAMDISK_DIR=str(folder)) as driver,
+    ):
+        yield driver
 
 
 @pytest.fixture
@@ -244,12 +246,14 @@ def test_an_output_with_another_name_elsewhere_is_not_overwritten_there(row: Row
 
 @pytest.mark.fault("R6")
 def test_a_read_only_ram_disk_at_the_start_is_one_sentence(row: Row, platform: Platform, tmp_path: Path) -> None:
-    with small_disk("size=64m,ro") as folder:
-        with start_worker(platform, tmp_path / "log", RAMDISK_DIR=str(folder)) as broken:
-            job_id = broken.start_job(invert_job())
-            assert broken.worker.process.wait(20) == 1
-            (line,) = broken.log().splitlines()
-            assert "cannot be written; is /dev/shm full or read-only (docker: --shm-size)?" in line
+    with (
+        small_disk("size=64m,ro") as folder,
+        start_worker(platform, tmp_path / "log", RAMDISK_DIR=str(folder)) as broken,
+    ):
+        job_id = broken.start_job(invert_job())
+        assert broken.worker.process.wait(20) == 1
+        (line,) = broken.log().splitlines()
+        assert "cannot be written; is /dev/shm full or read-only (docker: --shm-size)?" in line
     with boot_worker(platform, tmp_path / "second-log") as worker:
         row.succeeds(worker.finish(job_id))
         row.next_job_runs(worker)
@@ -257,13 +261,15 @@ def test_a_read_only_ram_disk_at_the_start_is_one_sentence(row: Row, platform: P
 
 @pytest.mark.fault("R6")
 def test_a_ram_disk_that_turns_read_only_replaces_the_worker(row: Row, platform: Platform, tmp_path: Path) -> None:
-    with small_disk("size=64m") as folder:
-        with boot_worker(platform, tmp_path / "log", RAMDISK_DIR=str(folder)) as broken:
-            # A second mount over the first: a file that is open for writing would keep that one from being remounted.
-            mount("--bind", folder, folder)
-            mount("-o", "remount,bind,ro", folder)
-            row.fails(broken.run(invert_job()), "RAM_DISK_ERROR", "Read-only file system")
-            assert broken.worker.process.wait(20) == 1
+    with (
+        small_disk("size=64m") as folder,
+        boot_worker(platform, tmp_path / "log", RAMDISK_DIR=str(folder)) as broken,
+    ):
+        # A second mount over the first: a file that is open for writing would keep that one from being remounted.
+        mount("--bind", folder, folder)
+        mount("-o", "remount,bind,ro", folder)
+        row.fails(broken.run(invert_job()), "RAM_DISK_ERROR", "Read-only file system")
+        assert broken.worker.process.wait(20) == 1
     with boot_worker(platform, tmp_path / "second-log") as worker:
         row.next_job_runs(worker)
 

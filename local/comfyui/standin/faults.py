@@ -41,7 +41,7 @@ KINDS = {
     "file_empty": ("an output file is saved", "it is emptied"),
     "file_swapped": (
         "an output file is saved",
-        "a `text` (symlink, hardlink: to `path`; fifo, folder) takes its place",
+        "a `text` (symlink, hardlink to `path`; fifo, folder) is put there",
     ),
     "output_unlisted": ("an output file is saved", "the history does not name it"),
 }
