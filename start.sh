@@ -50,6 +50,7 @@ setup_environment() {
         [[ ${!name} != */* || ${!name} == /* ]] || printf -v "$name" '%s/%s' "$PWD" "${!name}"
     done
     export COMFYUI_DIR COMFYUI_PORT RAMDISK_DIR MODELS
+    ulimit -c 0 # a crash must not write a job's memory to a disk
     # Our own checks say what is wrong; the SDK's would end the worker over a full model disk or a closed network.
     export RUNPOD_SKIP_AUTO_SYSTEM_CHECKS=true RUNPOD_SKIP_GPU_CHECK=true
     # At its default, DEBUG, the SDK logs results and progress (runpod 1.12.0).

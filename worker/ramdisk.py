@@ -99,7 +99,8 @@ class RamDisk:
         if "free_bytes" in error.details:
             return
         free_bytes, used_bytes = self.free_bytes(), {name: self._size_below(name) for name in JOB_DIRECTORIES}
-        error.message += f" It has {free_bytes} bytes left now, and the job's files take {sum(used_bytes.values())}."
+        taken = f"the job's files take {sum(used_bytes.values())}"
+        error.message += f" The RAM disk has {free_bytes} bytes left now, and {taken}."
         error.details |= {"free_bytes": free_bytes, "used_bytes": used_bytes}
 
     def _size_below(self, name: str) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -220,6 +221,12 @@ def test_comfyui_has_none_of_the_workers_secrets(driver: Driver) -> None:
     assert "secret" not in str(names.values())
 
 
+def test_no_crash_leaves_a_core_file(driver: Driver) -> None:
+    for pid in (driver.comfyui_pid(), driver.pid_of("rp_handler.py")):
+        (limit,) = re.findall(r"Max core file size +(.*?) +bytes", Path(f"/proc/{pid}/limits").read_text())
+        assert limit.split() == ["0", "0"]
+
+
 # --- RESTART_COMFYUI=each-job ---
 
 
@@ -246,7 +253,12 @@ def test_comfyuis_memory_keeps_a_jobs_words_until_it_ends(driver: Driver) -> Non
     assert found > 0
 
 
+def restarts(driver: Driver) -> int:
+    return driver.log().count("Starting ComfyUI anew")
+
+
 def test_a_comfyui_that_is_restarted_after_each_job_has_nothing_of_it(restarting: Driver) -> None:
+    before = restarts(restarting)
     for job, ending in (
         (marked_job(), "COMPLETED"),
         ({**marked_job(), "workflow": invert_workflow(f"../{MARKER}")}, "PROMPT_REJECTED"),
@@ -267,7 +279,7 @@ def test_a_comfyui_that_is_restarted_after_each_job_has_nothing_of_it(restarting
         )
         assert left == 0
     assert "ComfyUI ended with code" not in restarting.log()  # with COMFYUI_MAX_DEATHS=1 it would be the end
-    assert restarting.log().count("Starting ComfyUI anew") == 3
+    assert restarts(restarting) == before + 3
 
 
 def test_the_next_job_waits_for_the_new_comfyui(restarting: Driver) -> None:
@@ -280,7 +292,7 @@ def test_the_next_job_waits_for_the_new_comfyui(restarting: Driver) -> None:
 
 
 def test_debug_puts_the_restart_off_until_the_next_job(restarting: Driver) -> None:
-    pid = restarting.comfyui_pid()
+    pid, before = restarting.comfyui_pid(), restarts(restarting)
     result = restarting.run(marked_job(debug=True))["output"]
     assert restarting.comfyui_pid() == pid
     kept = [Path(path) for path in result["debug"]["files"]]
@@ -289,7 +301,7 @@ def test_debug_puts_the_restart_off_until_the_next_job(restarting: Driver) -> No
     assert has_marker(str(restarting.comfyui("/history")))
     assert restarting.run(invert_job())["status"] == "COMPLETED"
     assert [is_zeros(stream) for stream in held] == [True] * len(held)
-    assert restarting.log().count("Starting ComfyUI anew") >= 2
+    wait_until(lambda: restarts(restarting) == before + 2, "ComfyUI is started again before and after the job")
     assert count_in_memory(wait_for_another(restarting, pid)) == 0
 
 
