@@ -120,9 +120,10 @@ def test_inputs_that_do_not_fit_are_refused_with_both_figures(row: Row, small: D
 
 @pytest.mark.fault("R1")
 def test_a_ram_disk_without_a_single_byte_left_costs_one_job(row: Row, small: Driver) -> None:
-    with filled(small, left_bytes=0):
-        details = row.fails(small.run(invert_job()), "RAM_DISK_FULL", "--shm-size")
-        assert details == {"needed_bytes": len(picture_bytes()), "free_bytes": 0}
+    picture = noise(128)
+    with filled(small, left_bytes=0):  # the wipe of ComfyUI's log may give back a page
+        details = row.fails(small.run(job_with(picture)), "RAM_DISK_FULL", "--shm-size")
+        assert details["needed_bytes"] == len(picture) > details["free_bytes"]
     row.next_job_runs(small)
 
 
