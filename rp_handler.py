@@ -27,7 +27,15 @@ from worker.comfyui import ComfyUI
 from worker.comfyui_server import ComfyUIServer
 from worker.config import Config, ConfigError
 from worker.control import JobControl
-from worker.errors import ComfyUICrashed, ComfyUIUnavailable, RamDiskError, WorkerError, WorkerFault, internal_error
+from worker.errors import (
+    ComfyUICrashed,
+    ComfyUIUnavailable,
+    RamDiskError,
+    RamDiskFull,
+    WorkerError,
+    WorkerFault,
+    internal_error,
+)
 from worker.fetch import FetchLimits, fetch_inputs
 from worker.follow import Progress, RunOutcome
 from worker.models.manifest import read_manifest, sentence_about
@@ -57,6 +65,7 @@ class Worker:
         self.process = ComfyUIProcess(config.ramdisk_dir / "run")
         self.server = ComfyUIServer(config.comfyui_port, self.process)
         self.comfyui = ComfyUI(self.server, self._model_note)
+        self._kept: ProcessState | None = None  # ComfyUI as a job with `debug` left it, where it is to be restarted
 
     def run_job(
         self, job_id: str, job_input: object, control: JobControl, on_progress: Callable[[Progress], None]
@@ -89,7 +98,7 @@ class Worker:
                     result["warnings"] = [*request.warnings, *result["warnings"]]
                     if request.debug:
                         result["debug"] = self._diagnostics()
-        self.process.note_success(state)
+                self.process.note_success(state)
         result["timings_ms"] = steps.timings_ms
         return result
 
@@ -100,8 +109,11 @@ class Worker:
             state = self.server.wait_ready(self.config.boot_timeout_s)
         self.comfyui.clear_history()
         self.process.scrub_log()
-        self.process.watch_memory(state)
         self.ramdisk.wipe()
+        if state == self._kept:
+            self.process.retire(state)
+            state = self.server.wait_ready(self.config.boot_timeout_s)
+        self.process.watch_memory(state)
         return state
 
     def _collect(
@@ -128,6 +140,8 @@ class Worker:
         try:
             yield
         except WorkerError as error:
+            if isinstance(error, RamDiskFull):
+                self.ramdisk.add_figures(error)
             if request.debug:
                 error.details["debug"] = self._diagnostics()
             raise
@@ -135,6 +149,11 @@ class Worker:
             if not request.debug:
                 with steps("wipe"):
                     self._wipe()
+            if self.config.restart_comfyui_each_job and self.server.state is not None:
+                if request.debug:
+                    self._kept = self.server.state
+                else:
+                    self.process.retire(self.server.state)
 
     def _wipe(self) -> None:
         with self.server.serving(None):  # whatever has ended the job
@@ -287,8 +306,9 @@ def configure_logging(level: str) -> None:
     output = logging.StreamHandler()
     output.addFilter(add_job_id)
     form = "%(asctime)s %(levelname)s %(name)s [%(job_id)s] %(message)s"
-    logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S", handlers=[output], force=True)
-    logging.getLogger("urllib3").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format=form, datefmt="%H:%M:%S", handlers=[output], force=True)
+    for name in ("handler", "worker"):  # ours only: at DEBUG, Pillow logs what it reads in pictures
+        logging.getLogger(name).setLevel(level)
 
 
 def main() -> int:

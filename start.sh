@@ -50,10 +50,15 @@ setup_environment() {
         [[ ${!name} != */* || ${!name} == /* ]] || printf -v "$name" '%s/%s' "$PWD" "${!name}"
     done
     export COMFYUI_DIR COMFYUI_PORT RAMDISK_DIR MODELS
+    ulimit -c 0 # a crash must not write a job's memory to a disk
     # Our own checks say what is wrong; the SDK's would end the worker over a full model disk or a closed network.
     export RUNPOD_SKIP_AUTO_SYSTEM_CHECKS=true RUNPOD_SKIP_GPU_CHECK=true
     # At its default, DEBUG, the SDK logs results and progress (runpod 1.12.0).
     export RUNPOD_LOG_LEVEL=${RUNPOD_LOG_LEVEL:-INFO}
+    if [[ ! ${RUNPOD_LOG_LEVEL^^} =~ ^(INFO|WARN|ERROR|NOTSET)$ ]]; then
+        log WARNING "RUNPOD_LOG_LEVEL=$RUNPOD_LOG_LEVEL is taken as INFO; below that, RunPod's SDK logs results."
+        RUNPOD_LOG_LEVEL=INFO
+    fi
 
     ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || die 2 "bash is older than 5.1; its wait cannot supervise."
     [[ $MODE == serverless || $MODE == pod ]] || die 2 "MODE is '$MODE'; set it to serverless or pod."
@@ -96,14 +101,14 @@ prepare_ramdisk() {
     free_mb=$(($(stat -f -c '%a * %S' -- "$RAMDISK_DIR") / 1048576))
     log INFO "RAM disk $RAMDISK_DIR: $free_mb MB free."
     ((free_mb >= RAMDISK_MIN_MB)) ||
-        log WARNING "The RAM disk has less than RAMDISK_MIN_MB=$RAMDISK_MIN_MB MB; give the container --shm-size=1g."
+        log WARNING "The RAM disk has less than RAMDISK_MIN_MB=$RAMDISK_MIN_MB MB; give the container more (docker: --shm-size=1g)."
     [[ $(stat -f -c %T -- "$RAMDISK_DIR") =~ ^(tmpfs|ramfs)$ ]] ||
         log WARNING "$RAMDISK_DIR is not on a RAM disk: inputs and outputs will reach a real disk."
 }
 
-# usage: wipe_ramdisk   overwrites and removes everything but the directories themselves
+# usage: wipe_ramdisk [NAME...]   overwrites and removes everything below these directories, or below all of them
 wipe_ramdisk() {
-    (cd -- "$WORKER_DIR" && "$WORKER_PYTHON" -m worker.ramdisk "$RAMDISK_DIR")
+    (cd -- "$WORKER_DIR" && "$WORKER_PYTHON" -m worker.ramdisk "$RAMDISK_DIR" "$@")
 }
 
 # usage: start_sshd   only with PUBLIC_KEY: keys only, forwarding to ComfyUI only; a failure is a warning
@@ -222,20 +227,31 @@ start_handler() {
     handler_pid=$!
 }
 
+# usage: said_of_this_start FILE   true when the note in run/FILE is about the newest start of ComfyUI
+said_of_this_start() {
+    [[ $(cat -- "$RAMDISK_DIR/run/$1" 2>/dev/null) == "$generation" ]]
+}
+
 # usage: on_comfyui_death EXIT_CODE   starts it again, within bounds; a finished job resets the count
 on_comfyui_death() {
     local hint=''
+    if said_of_this_start last-success; then deaths=0; fi
     note ended "$generation" "$1" || log WARNING "The RAM disk is full; the job is not told ComfyUI's exit code."
     [[ $1 != 137 ]] || hint=' (SIGKILL: out of memory, or killed by the handler)'
     kill_group "$comfyui_pid" # what its nodes have started may hold the GPU
+    if said_of_this_start retired; then
+        log INFO "Starting ComfyUI anew, as RESTART_COMFYUI asks for after each job."
+        start_comfyui
+        return
+    fi
     log ERROR "ComfyUI ended with code $1$hint."
-    if [[ $(cat -- "$RAMDISK_DIR/run/listened" 2>/dev/null) != "$generation" ]]; then # else it may hold a caller's words
+    if ! said_of_this_start listened; then # else it may hold a caller's words
         tail -c "+$log_start" -- "$RAMDISK_DIR/run/comfyui.log" | tail -n 20 >&2
     fi
     [[ -e $RAMDISK_DIR/run/listened ]] || die 1 "ComfyUI died while booting; the end of its log is above."
-    if [[ $(cat -- "$RAMDISK_DIR/run/last-success" 2>/dev/null) == "$generation" ]]; then deaths=0; fi
     deaths=$((deaths + 1))
     ((deaths < COMFYUI_MAX_DEATHS)) || die 1 "ComfyUI died $deaths times without finishing a job; giving up."
+    wipe_ramdisk temp || true # a start of ComfyUI removes what is there, without zeros (main.py, 0.18.1)
     log INFO "Starting ComfyUI again."
     start_comfyui
 }
@@ -298,7 +314,7 @@ clean_up() {
     # The SDK's ping process outlives a killed handler and would go on telling RunPod that this worker lives.
     kill_group "$handler_pid"
     kill_group "$comfyui_pid"
-    if wipe_ramdisk; then rm -rf -- "$RAMDISK_DIR"; fi
+    if wipe_ramdisk; then rm -rf -- "$RAMDISK_DIR" 2>/dev/null || true; fi # a mount of its own stays, empty
     exit "$code"
 }
 

@@ -35,6 +35,8 @@ PLATFORM = "tests/process/test_faults_platform.py"
 URLS = "tests/process/test_faults_urls.py"
 HTTPS_URL = "tests/unit/test_https_url.py"
 OUTPUTS = "tests/process/test_faults_outputs.py"
+RAMDISK = "tests/process/test_faults_ramdisk.py"
+PRIVACY = "tests/process/test_privacy.py"
 
 MUTANTS = [
     Mutant("nonce", "worker/run.py", ", NONCE_INPUT: nonce}", "}", f"{MAIN} -k word_for_word"),
@@ -44,7 +46,7 @@ MUTANTS = [
     Mutant("rename", "worker/ramdisk.py", 'f".{secrets.token_hex(8)}.part"', "leaf", "tests/process/test_write_order.py tests/unit/test_ramdisk.py"),
     Mutant("wipe: zeros", "worker/ramdisk.py", "overwrite_with_zeros(entry.name, directory_fd)", "pass", f"{MAIN} -k debug_keeps"),
     Mutant("wipe: after the job", "rp_handler.py", 'with steps("wipe"):\n                    self._wipe()', "pass", f"{MAIN} -k three_jobs"),
-    Mutant("wipe: before the job", "rp_handler.py", "self.ramdisk.wipe()\n        return state", "return state", f"{MAIN} -k debug_keeps"),
+    Mutant("wipe: before the job", "rp_handler.py", "self.ramdisk.wipe()\n        if state == ", "if state == ", f"{MAIN} -k debug_keeps"),
     Mutant("wipe: the log", "worker/process.py", "os.truncate(self._log_path, 0)", "pass", f"{MAIN} -k three_jobs"),
     Mutant("wipe: after a failure", "rp_handler.py", "if not request.debug:\n                with", "if not request.debug and sys.exc_info()[0] is None:\n                with", f"{COMFYUI} -k node_that_raises"),
     Mutant("wiped at the start", "start.sh", "        wipe_ramdisk || die", "        true || die", f"{STOPPING} -k killed_worker"),
@@ -104,6 +106,20 @@ MUTANTS = [
     Mutant("URLs: deadline and cancellation", "worker/fetch.py", "control.check()", "pass", f"{URLS} -k past_its_deadline"),
     Mutant("URLs: content", "worker/fetch.py", "if self._is_image:", "if False:", f"{URLS} -k no_whole_picture"),
     Mutant("secrets stay out of ComfyUI", "start.sh", '        unset "${!RUNPOD_@}"', '        : "${!RUNPOD_@}"', "tests/process/test_start_sh.py -k secret"),
+    Mutant("RAM disk: full during the run", "worker/comfyui_errors.py", 'if (full := _NO_SPACE.search(message)) and', "if (full := None) and", f"{RAMDISK} -k while_comfyui_saves"),
+    Mutant("RAM disk: marker", "worker/ramdisk.py", "if not stat.S_ISREG(os.stat(MARKER, dir_fd=root_fd, follow_symlinks=False).st_mode):", "if False:", f"{RAMDISK} -k marker_file"),
+    Mutant("RAM disk: an output that is a symlink", "worker/ramdisk.py", "flags = os.O_RDONLY | os.O_NOFOLLOW", "flags = os.O_RDONLY", f"{RAMDISK} -k output_that_is_no_file"),
+    Mutant("RAM disk: hard links", "worker/ramdisk.py", " or status.st_nlink != 1", "", f"{RAMDISK} -k another_name"),
+    Mutant("RAM disk: too small", "start.sh", "((free_mb >= RAMDISK_MIN_MB))", "true", f"{RAMDISK} -k small_is"),
+    Mutant("RAM disk: a mount of its own", "start.sh", 'rm -rf -- "$RAMDISK_DIR" 2>/dev/null || true', 'rm -rf -- "$RAMDISK_DIR"', f"{RAMDISK} -k small_is"),
+    Mutant("wipe: temp before the next start", "start.sh", "wipe_ramdisk temp || true", "true", f"{PRIVACY} -k previews"),
+    Mutant("logs: what Pillow reads", "rp_handler.py", "level=logging.WARNING, format=form", "level=level, format=form", f"{PRIVACY} -k mixed"),
+    Mutant("logs: results", "start.sh", "        RUNPOD_LOG_LEVEL=INFO\n", "", f"{PRIVACY} -k mixed"),
+    Mutant("no core file", "start.sh", "ulimit -c 0", "true", f"{PRIVACY} -k core"),
+    Mutant("restart after each job", "rp_handler.py", "self.process.retire(self.server.state)", "pass", f"{PRIVACY} -k restarted_after"),
+    Mutant("restart after each job is no death", "start.sh", "if said_of_this_start retired; then", "if false; then", f"{PRIVACY} -k restarted_after"),
+    Mutant("restart after a job with debug", "rp_handler.py", "if state == self._kept:", "if False:", f"{PRIVACY} -k puts_the_restart_off"),
+    Mutant("loopback only", "start.sh", "--listen 127.0.0.1", "--listen 0.0.0.0", f"{PRIVACY} -k namespace"),
     Mutant("checkout unchanged", "start.sh", "PYTHONDONTWRITEBYTECODE=1", "NOTHING=1", "tests/process/test_start_sh.py -k byte_identical"),
 ]  # fmt: skip
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,7 +19,8 @@ from worker.errors import (
     JobCancelled,
     OutOfGpuMemory,
     PromptRejected,
-    RunFailed,
+    RamDiskFull,
+    WorkerError,
 )
 from worker.payload import Workflow
 
@@ -28,6 +30,9 @@ MAX_TRACEBACK_LINES = 8
 MAX_MESSAGE_CHARS = 4000
 MAX_CHOICES = 5
 MIN_LIKENESS = 0.5
+# ENOSPC in the words of libc, which Python, Rust (safetensors) and FFmpeg repeat; Python adds a path where it has one.
+_NO_SPACE = re.compile(r"No space left on device(?:: '(?P<path>[^']*)')?")
+_OUR_FOLDERS = re.compile(r"/(input|output|temp|user)(/|$)")
 MIN_PRIVATE_CHARS = 8  # shorter values of a workflow ("euler", "a.png") are words of any traceback
 
 ModelNote = Callable[[str], str | None]
@@ -138,7 +143,7 @@ def _trimmed(node_errors: Any) -> dict[str, Any]:
 # --- a node that raised ----------------------------------------------------------------------------------------------
 
 
-def failure_of(status: dict[str, Any], workflow: Workflow, secrets: Iterable[str]) -> RunFailed | None:
+def failure_of(status: dict[str, Any], workflow: Workflow, secrets: Iterable[str]) -> WorkerError | None:
     """The failure that a history record's ``status`` tells of; None for a success.
 
     ``secrets`` are masked wherever they stand, the workflow's own texts in the traceback; but for the shortest of them.
@@ -168,6 +173,10 @@ def failure_of(status: dict[str, Any], workflow: Workflow, secrets: Iterable[str
         )
     if "CUDA error:" in message:  # sticky: every later CUDA call of the process fails too (CUDA runtime documentation)
         return GpuBroken(f"{where} met a GPU fault; this worker is being replaced, send the job again.", **details)
+    if (full := _NO_SPACE.search(message)) and (full["path"] is None or _OUR_FOLDERS.search(full["path"])):
+        # Without the node's title: this sentence goes into the log.
+        told = "The RAM disk ran full during the run; use smaller or fewer pictures, or give the container a larger "
+        return RamDiskFull(f"{told}/dev/shm (--shm-size).", **details)
     first_line = message.partition("\n")[0][:MAX_SHOWN_CHARS]
     return ExecutionFailed(f"{where} failed: {kind}: {first_line}", **details)
 

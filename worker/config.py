@@ -24,6 +24,7 @@ class Config:
     allow_url_inputs: bool
     url_input_limit_bytes: int
     url_input_timeout_s: float
+    restart_comfyui_each_job: bool
     log_level: str
 
     @classmethod
@@ -38,6 +39,9 @@ class Config:
         level = (environ.get("LOG_LEVEL") or "INFO").upper()
         if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise ConfigError(f"LOG_LEVEL is {level!r}; use DEBUG, INFO, WARNING or ERROR.")
+        restart = environ.get("RESTART_COMFYUI") or ""
+        if restart not in ("", "each-job"):
+            raise ConfigError(f"RESTART_COMFYUI is {restart!r}; set it to each-job, or not at all.")
         return cls(
             ramdisk_dir=Path(environ.get("RAMDISK_DIR") or "/dev/shm/comfyui"),
             comfyui_port=int(_required(environ, "COMFYUI_PORT", 8188, least=1, most=65535)),
@@ -50,6 +54,7 @@ class Config:
                 _required(environ, "URL_INPUT_LIMIT_MB", 100, least=0.01, most=10_000) * 1_000_000
             ),
             url_input_timeout_s=_required(environ, "URL_INPUT_TIMEOUT_S", 60, least=0.1, most=86_400),
+            restart_comfyui_each_job=restart == "each-job",
             log_level=level,
         )
 

@@ -24,7 +24,7 @@ WorkerError
 │   └── ResultTooLarge        RESULT_TOO_LARGE      the answer would not pass RunPod's size limit
 └── WorkerFault
     ├── RamDiskError          RAM_DISK_ERROR        the RAM disk is not usable; the worker is replaced
-    ├── RamDiskFull           RAM_DISK_FULL         no room for the inputs
+    ├── RamDiskFull           RAM_DISK_FULL         no room for the inputs, or for what a node saved
     ├── ComfyUIUnavailable    COMFYUI_UNAVAILABLE   it does not answer
     ├── ComfyUIStuck          COMFYUI_STUCK         its process cannot be ended; the worker is replaced
     └── ComfyUICrashed        COMFYUI_CRASHED       the process ended in the middle of the job

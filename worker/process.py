@@ -1,7 +1,8 @@
 """The ComfyUI process as `start.sh` supervises it: is it the one this job started with, does it live, what did it say.
 
 `start.sh` writes ``run/comfyui`` atomically: the line ``PID GENERATION``; the generation grows by one with each start.
-When a start has ended, it writes ``run/ended``: ``GENERATION EXIT_CODE``.
+When a start has ended, it writes ``run/ended``: ``GENERATION EXIT_CODE``. The handler writes ``run/retired`` before it
+ends a start that has done its work: the generation, whose death is then no crash.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class ComfyUIProcess:
         self._listened_path = run_dir / "listened"
         self._success_path = run_dir / "last-success"
         self._ended_path = run_dir / "ended"
+        self._retired_path = run_dir / "retired"
+        self._retired: ProcessState | None = None
         self._oom_watch: tuple[ProcessState, Path, int] | None = None
 
     def state(self) -> ProcessState | None:
@@ -72,7 +75,10 @@ class ComfyUIProcess:
 
     def has_booted(self, state: ProcessState) -> bool:
         """True for a living process whose port `start.sh` has seen open; from then on its log is no longer forwarded
-        to the container's, so no line about a job gets there."""
+        to the container's, so no line about a job gets there. False for a retired one, which may take a while to go.
+        """
+        if state == self._retired:
+            return False
         try:
             return int(self._listened_path.read_text()) == state.generation and self.is_alive(state)
         except (FileNotFoundError, ValueError):
@@ -132,12 +138,17 @@ class ComfyUIProcess:
             time.sleep(KILL_POLL_S)
         return not self.is_alive(state)
 
+    def retire(self, state: ProcessState) -> None:
+        """End a start so that nothing of a job stays in its memory, without waiting; `start.sh` starts the next one."""
+        if self.is_alive(state):
+            _note(self._retired_path, state)
+            self._retired = state
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(state.pid, signal.SIGKILL)
+
     def note_success(self, state: ProcessState) -> None:
         """Tell `start.sh` that this start finished a job, so its death counts as the first again."""
-        partial = self._success_path.with_suffix(".part")
-        with contextlib.suppress(OSError):  # a full RAM disk is no reason to lose a finished job
-            partial.write_text(f"{state.generation}\n")
-            partial.replace(self._success_path)
+        _note(self._success_path, state)
 
     def log_tail(self, lines: int = 15) -> list[str]:
         """The last lines of ComfyUI's log."""
@@ -163,6 +174,14 @@ class ComfyUIProcess:
             pass
         except OSError as error:
             raise RamDiskError(f"ComfyUI's log cannot be overwritten ({error.strerror}).") from error
+
+
+def _note(path: Path, state: ProcessState) -> None:
+    """The generation, in one step; not on a full RAM disk, which is no reason to lose a finished job."""
+    partial = path.with_suffix(".part")
+    with contextlib.suppress(OSError):
+        partial.write_text(f"{state.generation}\n")
+        partial.replace(path)
 
 
 def _oom_counter(pid: int) -> Path | None:

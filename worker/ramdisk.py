@@ -121,6 +121,23 @@ class RamDisk:
         except OSError as error:
             raise RamDiskError(f"{self.root} cannot be wiped ({error.strerror}).") from error
 
+    def add_figures(self, error: RamDiskFull) -> None:
+        """What is known when the RAM disk ran full in ComfyUI's hands: bytes that are free now, and that files take."""
+        if "free_bytes" in error.details:
+            return
+        free_bytes, used_bytes = self.free_bytes(), {name: self._size_below(name) for name in JOB_DIRECTORIES}
+        taken = f"the job's files take {sum(used_bytes.values())}"
+        error.message += f" The RAM disk has {free_bytes} bytes left now, and {taken}."
+        error.details |= {"free_bytes": free_bytes, "used_bytes": used_bytes}
+
+    def _size_below(self, name: str) -> int:
+        total_bytes = 0
+        for folder, _, files in os.walk(self.root / name):
+            for file in files:
+                with contextlib.suppress(OSError):
+                    total_bytes += os.lstat(Path(folder, file)).st_size
+        return total_bytes
+
     def list_files(self, directories: tuple[str, ...] = JOB_DIRECTORIES) -> list[str]:
         """Paths below ``root`` of what is there, sorted; at most MAX_LISTED_FILES, because they go into a result."""
         found: list[str] = []
@@ -149,9 +166,10 @@ class RamDisk:
         return RamDiskError(f"The RAM disk cannot be written ({error.strerror}).")
 
     def _full(self, needed_bytes: int) -> RamDiskFull:
-        free_bytes = self.free_bytes()
+        free_bytes, usage = self.free_bytes(), os.statvfs(self.root)
+        no_file_left = " but cannot hold another file" if usage.f_files and not usage.f_ffree else ""
         return RamDiskFull(
-            f"The inputs need {needed_bytes} bytes and the RAM disk has {free_bytes} left; "
+            f"The inputs need {needed_bytes} bytes and the RAM disk has {free_bytes} left{no_file_left}; "
             "send less, or give the container a larger /dev/shm (--shm-size).",
             needed_bytes=needed_bytes,
             free_bytes=free_bytes,
@@ -250,8 +268,8 @@ def overwrite_with_zeros(name: str | Path, directory_fd: int | None = None) -> N
         os.fsync(file_fd)
 
 
-if __name__ == "__main__":  # start.sh, before ComfyUI starts and after all has ended: everything goes
+if __name__ == "__main__":  # start.sh: ROOT [DIRECTORY...]; without one, everything goes
     try:
-        RamDisk(Path(sys.argv[1])).wipe((*JOB_DIRECTORIES, "run", "user"))
+        RamDisk(Path(sys.argv[1])).wipe(tuple(sys.argv[2:]) or (*JOB_DIRECTORIES, "run", "user"))
     except RamDiskError as failure:
         sys.exit(f"ERROR: {failure}")

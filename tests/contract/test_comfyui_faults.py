@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,24 @@ def test_a_spoilt_output_file(fresh: ComfyUI, kind: str, share: float | None) ->
     spoilt.unlink(missing_ok=True)
     assert saved(4).stat().st_size == pytest.approx(size, abs=5)
     assert whole.stat().st_size == size
+
+
+@pytest.mark.parametrize(
+    ("text", "is_swapped"),
+    [
+        ("symlink", Path.is_symlink),
+        ("fifo", Path.is_fifo),
+        ("folder", Path.is_dir),
+        ("hardlink", lambda path: path.stat().st_nlink == 2),
+    ],
+)
+def test_a_swapped_output_file(fresh: ComfyUI, text: str, is_swapped: Callable[[Path], bool]) -> None:
+    other = fresh.output / "other"
+    other.touch()
+    arm(fresh, "file_swapped", text=text, path=str(other) if text == "hardlink" else "/etc/passwd")
+    swapped, whole = (fresh.output / fresh.run(quick(color)).files("2")[0]["filename"] for color in (5, 6))
+    assert is_swapped(swapped)
+    assert not is_swapped(whole)
 
 
 def test_an_output_that_the_history_does_not_name(fresh: ComfyUI) -> None:

@@ -18,7 +18,13 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
 def test_an_empty_value_is_as_good_as_none() -> None:
     names = "RAMDISK_DIR COMFYUI_PORT BOOT_TIMEOUT_S JOB_TIMEOUT_S INTERRUPT_GRACE_S RESULT_LIMIT_MB LOG_LEVEL"
     names += " ALLOW_URL_INPUTS URL_INPUT_LIMIT_MB URL_INPUT_TIMEOUT_S"
+    names += " RESTART_COMFYUI"
     assert Config.from_env(dict.fromkeys(names.split(), "")) == Config.from_env({})
+
+
+def test_comfyui_is_restarted_only_where_it_is_asked_for() -> None:
+    assert not Config.from_env({}).restart_comfyui_each_job
+    assert Config.from_env({"RESTART_COMFYUI": "each-job"}).restart_comfyui_each_job
 
 
 def test_values_are_read_with_their_units() -> None:
@@ -41,6 +47,7 @@ def test_values_are_read_with_their_units() -> None:
         ("ALLOW_URL_INPUTS", "yes"),
         ("URL_INPUT_LIMIT_MB", "0"),
         ("URL_INPUT_TIMEOUT_S", "never"),
+        ("RESTART_COMFYUI", "1"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named(name: str, value: str) -> None:

@@ -143,6 +143,32 @@ def test_kill_never_signals_a_group(
     assert signalled == []
 
 
+def test_a_retired_start_is_noted_and_ended_and_asked_nothing_more(
+    comfyui: ComfyUIProcess, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = start()
+    state = record(tmp_path, process.pid, 4)
+    (tmp_path / "listened").write_text("4\n")
+    assert comfyui.has_booted(state)
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *sent: signals.append(sent))  # one that takes a while to go
+    comfyui.retire(state)
+    assert signals == [(process.pid, signal.SIGKILL)]
+    assert (tmp_path / "retired").read_text() == "4\n"
+    assert comfyui.is_alive(state)
+    assert not comfyui.has_booted(state)
+
+
+def test_a_start_that_has_ended_by_itself_is_not_retired(
+    comfyui: ComfyUIProcess, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = record(tmp_path, start().pid, 1)
+    record(tmp_path, start().pid, 2)
+    monkeypatch.setattr(os, "kill", lambda *sent: pytest.fail(f"{sent} was sent"))
+    comfyui.retire(old)
+    assert not (tmp_path / "retired").exists()
+
+
 def test_a_success_is_noted_for_the_start_that_had_it(comfyui: ComfyUIProcess, tmp_path: Path) -> None:
     comfyui.note_success(ProcessState(5, 2))
     comfyui.note_success(ProcessState(9, 3))

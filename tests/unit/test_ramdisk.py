@@ -119,6 +119,26 @@ def test_a_file_that_finds_no_room_tells_what_it_needs(
     assert not (root / "input/a.png").exists()
 
 
+def test_what_is_there_is_told_of_a_ram_disk_that_ran_full_in_the_run(ramdisk: RamDisk, root: Path) -> None:
+    (root / "output/deep").mkdir()
+    (root / "output/deep/a.png").write_bytes(b"12345")
+    (root / "input/b.png").write_bytes(b"123")
+    (root / "output/link").symlink_to("/etc")
+    error = RamDiskFull("The RAM disk ran full.", node_id="3")
+    ramdisk.add_figures(error)
+    used = error.details["used_bytes"]
+    assert (used["input"], used["temp"]) == (3, 0)
+    assert 5 <= used["output"] <= 5 + len("/etc")
+    assert error.details["free_bytes"] > 0
+    assert "bytes left now" in error.as_result()["error"]
+
+
+def test_figures_that_an_error_has_already_are_kept(ramdisk: RamDisk) -> None:
+    error = RamDiskFull("The inputs need 6 bytes.", needed_bytes=6, free_bytes=5)
+    ramdisk.add_figures(error)
+    assert (error.message, error.details) == ("The inputs need 6 bytes.", {"needed_bytes": 6, "free_bytes": 5})
+
+
 def test_a_ram_disk_that_is_gone_is_a_fault_of_the_worker(tmp_path: Path) -> None:
     with pytest.raises(RamDiskError):
         RamDisk(tmp_path / "gone").write_inputs((InputFile("a.png", b"one"),))

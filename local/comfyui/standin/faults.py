@@ -39,6 +39,10 @@ KINDS = {
     "file_missing": ("an output file is saved", "it is removed, though the history names it"),
     "file_half": ("an output file is saved", "its second half is cut off"),
     "file_empty": ("an output file is saved", "it is emptied"),
+    "file_swapped": (
+        "an output file is saved",
+        "a `text` (symlink, hardlink to `path`; fifo, folder) is put there",
+    ),
     "output_unlisted": ("an output file is saved", "the history does not name it"),
 }
 _BOOT_KINDS = ("slow_boot", "crash_boot")
@@ -193,6 +197,8 @@ class Faults:
             os.truncate(path, path.stat().st_size // 2)
         elif self.strikes("file_empty"):
             os.truncate(path, 0)
+        elif fault := self.strikes("file_swapped"):
+            _swap(path, fault.text, fault.path)
         return not self.strikes("output_unlisted")
 
     def _eat(self, megabytes: int) -> None:
@@ -204,6 +210,20 @@ class Faults:
     def _save_kept(self) -> None:
         if self._boot_file and self._kept:
             self._boot_file.write_text(json.dumps([asdict(fault) for fault in self._kept]))
+
+
+def _swap(path: Path, kind: str, target: str) -> None:
+    """Put something in the place of a file that is none, or a second name of another one."""
+    path.unlink()
+    match kind:
+        case "symlink":
+            path.symlink_to(target)
+        case "hardlink":
+            path.hardlink_to(target)
+        case "fifo":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
 
 
 def die() -> None:
