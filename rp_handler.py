@@ -36,6 +36,7 @@ from worker.process import ComfyUIProcess, ProcessState
 from worker.ramdisk import RamDisk
 from worker.run import run_workflow
 from worker.steps import StepTimer
+from worker.workflow_files import check_loaded_files
 
 log = logging.getLogger("handler")
 current_job_id: contextvars.ContextVar[str] = contextvars.ContextVar("job_id", default="-")
@@ -66,6 +67,8 @@ class Worker:
         with self.server.serving(control.check):
             with steps("clear"):
                 state = self._clear()
+            names = [file.name for file in request.files]
+            warnings = [*request.warnings, *check_loaded_files(request.workflow, names, self.comfyui)]
             with self._wiped_afterwards(request, steps):
                 with steps("write"):
                     self.ramdisk.write_inputs(request.files)
@@ -81,7 +84,7 @@ class Worker:
                     )
                 with steps("collect"):
                     result = self._collect(outcome, result_limit_bytes(job_id, self.config.result_limit_bytes))
-                    result["warnings"] = [*request.warnings, *result["warnings"]]
+                    result["warnings"] = [*warnings, *result["warnings"]]
                     if request.debug:
                         result["debug"] = self._diagnostics()
         self.process.note_success(state)

@@ -31,6 +31,17 @@ JSON = st.recursive(
 )
 
 
+def nested(levels: int, innermost: object = 1) -> object:
+    value = innermost
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def saver(prefix: object) -> dict[str, Any]:
+    return {"3": {"class_type": "SaveImage", "inputs": {"filename_prefix": prefix}}}
+
+
 def job(**more: Any) -> dict[str, Any]:
     return {"workflow": WORKFLOW, **more}
 
@@ -96,7 +107,18 @@ def test_a_flood_of_unknown_keys_does_not_flood_the_result() -> None:
         ({"workflow": None}, WorkflowInvalid, "no 'workflow'"),
         ({"workflow": {}}, WorkflowInvalid, "empty"),
         ({"workflow": []}, WorkflowInvalid, "not a list"),
-        ({"workflow": json.dumps(WORKFLOW)}, WorkflowInvalid, "not a str"),
+        ({"workflow": 5}, WorkflowInvalid, "not a single value"),
+        ({"workflow": json.dumps(WORKFLOW)}, WorkflowInvalid, "is a string; send the JSON object itself"),
+        ({"workflow": {"input": {"workflow": WORKFLOW}}}, WorkflowInvalid, "holds a whole request"),
+        ({"input": {"workflow": WORKFLOW}}, WorkflowInvalid, "holds another 'input'"),
+        ({"prompt": WORKFLOW, "client_id": "x"}, WorkflowInvalid, "send the graph under 'workflow'"),
+        ({"nodes": [], "links": []}, WorkflowInvalid, "UI format"),
+        (WORKFLOW, WorkflowInvalid, "The input is the workflow itself"),
+        (job(deep=nested(100_000)), InputInvalid, "may have 100 levels"),
+        (job(deep=nested(99, {})), InputInvalid, "may have 100 levels"),
+        (job(deep=json.loads('{"a":' * 500 + "1" + "}" * 500)), InputInvalid, "may have 100 levels"),
+        ({"workflow": {str(n): {"class_type": f"C{n}", "inputs": {}} for n in range(1001)}}, WorkflowInvalid, "1001"),
+        ({"workflow": saver("../../outside")}, WorkflowInvalid, "leaves the output directory"),
         ({"workflow": {"nodes": [], "links": [], "version": 0.4}}, WorkflowInvalid, "Export (API)"),
         ({"workflow": {"workflow": {"nodes": [], "links": []}}}, WorkflowInvalid, "Export (API)"),
         ({"workflow": {"7": {"inputs": {}}}}, WorkflowInvalid, "'7'"),
