@@ -13,6 +13,7 @@ from .image_nodes import (
     LoadImage,
     StandinSleep,
 )
+from .media_loaders import LoadAudio, LoadVideo
 from .media_nodes import CreateVideo, EmptyAudio, SaveAnimatedPNG, SaveAnimatedWEBP, SaveAudio, SaveVideo
 from .node import Node
 from .sampler_nodes import (
@@ -67,6 +68,8 @@ NODE_CLASSES: dict[str, type[Node]] = {
         SaveVideo,
         EmptyAudio,
         SaveAudio,
+        LoadAudio,
+        LoadVideo,
         PreviewAny,
         PrimitiveString,
         PrimitiveStringMultiline,
