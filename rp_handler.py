@@ -44,6 +44,9 @@ current_job_id: contextvars.ContextVar[str] = contextvars.ContextVar("job_id", d
 PROGRESS_INTERVAL_S = 1.0
 MODELS_POLL_S = 0.05
 EXIT_POLL_S = 0.02
+# The SDK loses a job that its json.loads cannot read: no answer ever comes. Up to here it is read, and refused in a
+# sentence (MAX_NESTING in worker/payload.py). Each level takes some 200 bytes of the stack's 8 MB (CPython 3.11).
+JSON_NESTING = 10_000
 
 
 class Worker:
@@ -290,6 +293,7 @@ def main() -> int:
         sys.stderr.write(f"ERROR: {error}\n")
         return 2
     configure_logging(config.log_level)
+    sys.setrecursionlimit(JSON_NESTING)
     worker = Worker(config)
     try:
         wait_until_ready(worker)
