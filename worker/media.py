@@ -2,6 +2,10 @@
 
 ComfyUI takes a truncated PNG or JPEG without a word and computes on grey (measured on 0.3.64 and 0.18.1), so a
 transfer that was cut has to be found before the job runs.
+
+A decode says the same of every cut (tests/unit/test_truncation.py), but for two: it gives an animated GIF that was cut
+between two pictures without the rest, and it needs no byte behind the last pixel (up to 22 of a PNG, 6 of a GIF, 2 of a
+JPEG). Both are refused: the sender had more than arrived, and without the end mark nobody can tell what that was.
 """
 
 from __future__ import annotations

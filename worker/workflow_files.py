@@ -103,7 +103,7 @@ def check_loaded_files(workflow: Workflow, sent: Collection[str], comfyui: Comfy
         raise _refusal(outside, [_outside_sentence(workflow, file) for file in outside[:MAX_SENTENCES]], sent)
     present = {posixpath.normpath(name) for name in sent}
     missing = [file for file in found if file.folder != "input" or file.path not in present]
-    missing = [file for file in missing if not _is_choice(workflow, file, comfyui)]
+    missing = _without_choices(workflow, missing, comfyui)
     if not missing:
         return []
     outputs = {node_id for node_id, node in workflow.items() if comfyui.is_output_class(node["class_type"])}
@@ -145,9 +145,11 @@ def _leaves(path: str) -> bool:
     return path == ".." or path.startswith(("/", "../"))
 
 
-def _is_choice(workflow: Workflow, file: _Loaded, comfyui: ComfyUI) -> bool:
-    """Whether the node offers this name itself, such as "none", though no file has been sent yet."""
-    return file.name in (comfyui.choices(workflow[file.node_id]["class_type"], file.input_name) or ())
+def _without_choices(workflow: Workflow, files: list[_Loaded], comfyui: ComfyUI) -> list[_Loaded]:
+    """But for the names that a node offers itself, such as "none": no file of the job has been written yet."""
+    inputs = {(workflow[file.node_id]["class_type"], file.input_name) for file in files}
+    offered = {place: comfyui.choices(*place) or () for place in inputs}
+    return [file for file in files if file.name not in offered[workflow[file.node_id]["class_type"], file.input_name]]
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
