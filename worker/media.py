@@ -47,11 +47,7 @@ def check_image(name: str, data: bytes) -> None:
         _check_header(name, data)
         whole = _is_whole(data)
     if not whole:
-        raise MediaInvalid(
-            f"Image {name!r} is damaged or cut short ({len(data)} bytes arrived); send the file again.",
-            name=name,
-            size_bytes=len(data),
-        )
+        raise _damaged(name, data)
 
 
 def is_cut_short(data: bytes) -> bool:
@@ -73,8 +69,13 @@ def _check_header(name: str, data: bytes) -> None:
         raise MediaInvalid(sentence, name=name) from None
     except Image.DecompressionBombError:
         raise MediaInvalid(f"Image {name!r} has more than {MAX_PIXELS} pixels; shrink it.", name=name) from None
-    except _DAMAGE as error:
-        raise MediaInvalid(f"Image {name!r} cannot be read ({type(error).__name__}).", name=name) from None
+    except _DAMAGE:
+        raise _damaged(name, data) from None
+
+
+def _damaged(name: str, data: bytes) -> MediaInvalid:
+    sentence = f"Image {name!r} is damaged or cut short ({len(data)} bytes arrived); send the file again."
+    return MediaInvalid(sentence, name=name, size_bytes=len(data))
 
 
 def _is_whole(data: bytes) -> bool:

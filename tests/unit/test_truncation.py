@@ -33,7 +33,7 @@ FORMS: dict[str, tuple[str, dict[str, object]]] = {
     "GIF": ("GIF", {}),
     "animated GIF": ("GIF", {"save_all": True}),
 }
-# So many bytes at the end hold no pixel. PNG: the end of the deflate stream and its checksum, the chunk's CRC, and IEND.
+# So many bytes at the end hold no pixel. PNG: the end of the deflate stream, its checksum, the CRC of the chunk, IEND.
 # GIF: the end code, the terminator of the blocks, and the trailer. JPEG: the end marker.
 TAIL_BYTES = {"PNG": 22, "animated PNG": 22, "GIF": 6, "animated GIF": 6, "JPEG, baseline": 2, "JPEG, progressive": 2}
 
