@@ -36,7 +36,7 @@ from worker.process import ComfyUIProcess, ProcessState
 from worker.ramdisk import RamDisk
 from worker.run import run_workflow
 from worker.steps import StepTimer
-from worker.workflow_files import check_loaded_files
+from worker.workflow_checks import check_before_run
 
 log = logging.getLogger("handler")
 current_job_id: contextvars.ContextVar[str] = contextvars.ContextVar("job_id", default="-")
@@ -71,7 +71,7 @@ class Worker:
             with steps("clear"):
                 state = self._clear()
             names = [file.name for file in request.files]
-            warnings = [*request.warnings, *check_loaded_files(request.workflow, names, self.comfyui)]
+            warnings = [*request.warnings, *check_before_run(request.workflow, names, self.comfyui)]
             with self._wiped_afterwards(request, steps):
                 with steps("write"):
                     self.ramdisk.write_inputs(request.files)

@@ -14,7 +14,7 @@ from worker.comfyui_errors import ModelNote, Refusals
 from worker.comfyui_server import HTTP_TIMEOUT_S, ComfyUIServer
 from worker.errors import ComfyUICrashed, ComfyUIUnavailable
 from worker.payload import Workflow
-from worker.workflow_files import file_inputs
+from worker.workflow_checks import file_inputs
 
 QUEUE_POLL_S = 0.02
 CLEAN_UP_TIMEOUT_S = 5.0

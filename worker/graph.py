@@ -1,4 +1,4 @@
-"""A workflow as a graph: which nodes a node links from, and what a node is called."""
+"""A workflow as a graph: which nodes a node links from, how long the chains are, and what a node is called."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ if TYPE_CHECKING:
 MAX_TITLE_CHARS = 80
 
 
+def links_of(workflow: Workflow, node_id: str) -> list[tuple[str, str]]:
+    """The links of a node, as (its input, the node that is named), which need not exist; see ComfyUI's is_link."""
+    return [
+        (name, value[0])
+        for name, value in workflow[node_id]["inputs"].items()
+        if isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and isinstance(value[1], int | float)
+    ]
+
+
 def sources_of(workflow: Workflow, node_id: str) -> list[str]:
     """The nodes that a node links from."""
-    values = workflow[node_id]["inputs"].values() if node_id in workflow else ()
-    return [
-        value[0]
-        for value in values
-        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[0] in workflow
-    ]
+    if node_id not in workflow:
+        return []
+    return [source for _, source in links_of(workflow, node_id) if source in workflow]
 
 
 def upstream_of(workflow: Workflow, node_ids: Iterable[str]) -> set[str]:
@@ -31,6 +40,24 @@ def upstream_of(workflow: Workflow, node_ids: Iterable[str]) -> set[str]:
             found.add(source)
             pending += sources_of(workflow, source)
     return found
+
+
+def longest_chain(workflow: Workflow) -> int:
+    """How many nodes depend on one another in a row; those of a cycle, and all behind it, count as one row."""
+    sources = {node_id: set(sources_of(workflow, node_id)) for node_id in workflow}
+    followers: dict[str, list[str]] = {node_id: [] for node_id in workflow}
+    for node_id, its_sources in sources.items():
+        for source in its_sources:
+            followers[source].append(node_id)
+    ready = [node_id for node_id in workflow if not sources[node_id]]
+    length, done = 0, 0
+    while ready:
+        done, length = done + len(ready), length + 1
+        behind = [(source, follower) for source in ready for follower in followers[source]]
+        for source, follower in behind:
+            sources[follower].discard(source)
+        ready = list({follower for _, follower in behind if not sources[follower]})
+    return length + len(workflow) - done
 
 
 def title_of(workflow: Workflow, node_id: Any) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from worker.errors import InputInvalid, MediaInvalid, WorkflowInvalid
 from worker.media import check_image
-from worker.workflow_files import check_save_paths
+from worker.workflow_checks import check_chain, check_save_paths
 
 Workflow = dict[str, dict[str, Any]]
 
@@ -133,6 +133,7 @@ def _parse_workflow(job_input: dict[Any, Any]) -> Workflow:
         _check_node(node_id, node)
     if (count := len({node["class_type"] for node in workflow.values()})) > MAX_CLASSES:
         raise WorkflowInvalid(f"The workflow has nodes of {count} classes; it may have {MAX_CLASSES}.")
+    check_chain(workflow)
     check_save_paths(workflow)
     return workflow
 

@@ -52,15 +52,15 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def status_of(driver: Driver, body: str) -> int:
-    """The HTTP status with which the platform answers a request to run a job."""
+def status_of(driver: Driver, body: str) -> tuple[int, str]:
+    """HTTP status and job id with which the platform answers a request to run a job."""
     url = f"{driver.platform.api_url}/{ENDPOINT}/run"
     headers = {"Authorization": f"Bearer {driver.platform.api_key}", "Content-Type": "application/json"}
     try:
-        urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers), timeout=60).close()
+        with urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers), timeout=60) as answer:
+            return 200, json.load(answer)["id"]
     except urllib.error.HTTPError as error:
-        return error.code
-    return 200
+        return error.code, ""
 
 
 def images(content: bytes | str, name: str = "a.png") -> dict[str, Any]:
@@ -76,7 +76,7 @@ def images(content: bytes | str, name: str = "a.png") -> dict[str, Any]:
 def test_an_input_that_is_no_object_is_refused(row: Row, worker: Driver, handler: InProcess) -> None:
     for job_input in (None, [], [invert_job()], "text", 5, True):
         row.fails(handler.run(job_input), "INPUT_INVALID", 'must be an object such as {"workflow": {...}}')
-        assert status_of(worker, json.dumps({"input": job_input})) == 400
+        assert status_of(worker, json.dumps({"input": job_input}))[0] == 400
     row.next_job_runs(worker)
 
 
@@ -284,39 +284,33 @@ def test_a_prefix_that_leaves_the_output_directory_is_refused_before_the_run(
 
 
 @pytest.mark.fault("L13")
-def test_an_input_of_a_thousand_levels_is_refused_in_a_sentence(row: Row, worker: Driver) -> None:
+def test_an_input_of_a_thousand_levels_is_refused_in_a_sentence(row: Row, worker: Driver, handler: InProcess) -> None:
+    deep = invert_job(deep="HERE")
+    deep["workflow"]["3"]["inputs"]["odd"] = "HERE"
+    body = json.dumps({"input": deep})
+
+    def nested(opening: str, levels: int, closing: str) -> str:
+        return body.replace('"HERE"', opening * levels + "1" + closing * levels)
+
     for opening, closing in (("[", "]"), ('{"a":', "}")):
-        whole = json.dumps({"input": invert_job(deep="HERE")})
-        status = status_of(worker, whole.replace('"HERE"', opening * 100_000 + "1" + closing * 100_000))
-        assert status == 400  # the platform itself
-        body = json.loads(whole.replace('"HERE"', opening * 90 + "1" + closing * 90))
-        row.succeeds(worker.run(body["input"]))
-    job_id = start_raw(worker, whole.replace('"HERE"', opening * NESTING + "1" + closing * NESTING))
+        assert status_of(worker, nested(opening, 100_000, closing))[0] == 400  # the platform itself
+        row.succeeds(handler.run(json.loads(nested(opening, 90, closing))["input"]))
+    status, job_id = status_of(worker, nested("[", NESTING, "]"))
+    assert status == 200
     row.fails(worker.finish(job_id), "INPUT_INVALID", "nested too deeply")
     row.next_job_runs(worker)
 
 
-def start_raw(driver: Driver, body: str) -> str:
-    """A job whose request json.dumps could not write here."""
-    url = f"{driver.platform.api_url}/{ENDPOINT}/run"
-    headers = {"Authorization": f"Bearer {driver.platform.api_key}", "Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers), timeout=60) as answer:
-        return str(json.load(answer)["id"])
-
-
 @pytest.mark.fault("L13")
 def test_a_workflow_of_100_000_nodes_costs_no_seconds(row: Row, worker: Driver, handler: InProcess) -> None:
-    many = {**invert_workflow(), "3": {"class_type": "SaveImageWebsocket", "inputs": {"images": ["2", 0]}}}
-    chain = {
-        str(number): {"class_type": "ImageInvert", "inputs": {"image": [str(number - 1), 0]}}
-        for number in range(5, NODES)
-    }
+    few = {**invert_workflow(), "3": {"class_type": "SaveImageWebsocket", "inputs": {"images": ["2", 0]}}}
+    wide = {str(number): few["2"] for number in range(4, NODES)}
     started = time.process_time()
-    row.succeeds(handler.run(job({**many, "4": many["2"], **chain})))
+    row.succeeds(handler.run(job({**few, **wide})))
     loaders = {str(number): {"class_type": "LoadImage", "inputs": {"image": "b"}} for number in range(4, NODES)}
     needs_all = {"class_type": "PreviewAny", "inputs": {number: [number, 0] for number in loaders}}
-    answer = handler.run(job({**many, **loaders, "last": needs_all}))
-    row.fails(answer, "WORKFLOW_INVALID", f"{NODES - 9} more files")
+    answer = handler.run(job({**few, **loaders, "last": needs_all}))
+    row.fails(answer, "WORKFLOW_INVALID", f"{len(loaders) - 5} more files")
     unknown = {str(number): {"class_type": f"C{number}", "inputs": {}} for number in range(NODES)}
     row.fails(handler.run(job(unknown)), "WORKFLOW_INVALID", f"nodes of {NODES} classes")
     row.seconds = time.process_time() - started
@@ -356,3 +350,41 @@ def test_video_and_audio_are_read_from_files(row: Row, worker: Driver, handler: 
     assert [item["media_type"] for item in result["videos"] + result["audio"]] == ["video/mp4", "audio/flac"]
     row.fails(handler.run(invert_job(files={"../clip.mp4": "AAAA"})), "INPUT_INVALID", "stay inside")
     row.next_job_runs(worker)
+
+
+# --- workflows that end ComfyUI's prompt worker ---
+
+
+@pytest.mark.fault("L16")
+def test_a_link_to_a_node_that_is_not_there_does_not_reach_comfyui(
+    row: Row, worker: Driver, handler: InProcess
+) -> None:
+    pid = worker.comfyui_pid()
+    workflow = invert_workflow()
+    workflow["3"]["inputs"]["odd"] = ["4", 0]
+    answer = worker.run(job(workflow))
+    row.fails(
+        answer, "WORKFLOW_INVALID", "Node 3 (SaveImage): 'odd' is linked to node '4', which the workflow does not"
+    )
+    workflow = invert_workflow()
+    workflow["5"] = {"class_type": "ImageInvert", "inputs": {"image": ["4", 0]}}
+    row.succeeds(handler.run(job(workflow)))  # no output node depends on it
+    row.next_job_runs(worker)
+    assert worker.comfyui_pid() == pid
+
+
+@pytest.mark.fault("L17")
+def test_a_chain_that_is_too_long_does_not_reach_comfyui(row: Row, worker: Driver, handler: InProcess) -> None:
+    pid = worker.comfyui_pid()
+
+    def chain(length: int) -> dict[str, Any]:
+        links = {
+            str(n): {"class_type": "ImageInvert", "inputs": {"image": [str(n - 1), 0]}} for n in range(5, length + 4)
+        }
+        first = {"4": {"class_type": "LoadImage", "inputs": {"image": "a.png"}}}
+        return job({**invert_workflow(), **first, **links})
+
+    row.fails(worker.run(chain(1000)), "WORKFLOW_INVALID", "a chain of 1000 nodes", "500 at most")
+    row.succeeds(handler.run(chain(500)))
+    row.next_job_runs(worker)
+    assert worker.comfyui_pid() == pid

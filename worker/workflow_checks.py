@@ -1,8 +1,9 @@
-"""The files that a workflow names: those that its nodes load, and those that they save.
+"""What is wrong with a workflow and ComfyUI would not say in time: the files that it names, and links that kill.
 
 ComfyUI opens whatever file of the machine a loader names, and looks at a saver's prefix only when everything has been
-computed (0.18.1 and 0.3.64, folder_paths.py: get_annotated_filepath, get_save_image_path). So both are looked at here,
-before the workflow is sent.
+computed (folder_paths.py: get_annotated_filepath, get_save_image_path). A link to nowhere in an input that its class
+does not have, or a chain of about 980 nodes, ends its prompt worker thread (graph.py: get_node; caching.py:
+get_ordered_ancestry_internal). All seen with 0.18.1.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import WorkflowInvalid
-from worker.graph import shown_node, title_of, upstream_of
+from worker.graph import links_of, longest_chain, shown_node, title_of, upstream_of
 
 if TYPE_CHECKING:
     from worker.comfyui import ComfyUI
     from worker.payload import Workflow
 
+MAX_CHAIN = 500
 MAX_SENTENCES = 5
 MAX_SHOWN_NAMES = 5
 MAX_SHOWN_CHARS = 80
@@ -33,6 +35,42 @@ _FOLDER_INPUTS = {"folder_name"}  # SaveImageDataSetToFolder and its kin do not 
 _FILE_KINDS = ("AUDIO_RECORD", "LOAD_3D", "WEBCAM")
 # Files of the input directory whose inputs say nothing of it (0.18.1).
 _UNMARKED = {("LoadLatent", "latent"), ("GeminiInputFiles", "file"), ("OpenAIInputFiles", "file")}
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+def check_chain(workflow: Workflow) -> None:
+    """Raise WorkflowInvalid for more nodes in a row than ComfyUI's recursion can follow."""
+    if (length := longest_chain(workflow)) > MAX_CHAIN:
+        raise WorkflowInvalid(f"The workflow has a chain of {length} nodes; ComfyUI is sent {MAX_CHAIN} at most.")
+
+
+def check_before_run(workflow: Workflow, sent: Collection[str], comfyui: ComfyUI) -> list[str]:
+    """Refuse links to nodes that are not there, and loaders of files that are not there: WorkflowInvalid.
+
+    ``sent`` are the names of the job's files. A node on which no output node depends is not run by ComfyUI: of such a
+    loader, an unsent file is only a warning, which is returned. A file outside the input directory is refused there,
+    too. A link in place of a file's name is not followed.
+    """
+    found = list(_loaded(workflow, comfyui))
+    outside = [file for file in found if _leaves(file.path)]
+    if outside:
+        raise _refusal(outside, [_outside_sentence(workflow, file) for file in outside[:MAX_SENTENCES]], sent)
+    missing = _not_there(workflow, found, sent, comfyui)
+    lost = {node_id for node_id in workflow if any(end not in workflow for _, end in links_of(workflow, node_id))}
+    if not missing and not lost:
+        return []
+    outputs = {node_id for node_id, node in workflow.items() if comfyui.is_output_class(node["class_type"])}
+    needed = outputs | upstream_of(workflow, outputs)
+    if loose := sorted(lost & needed):
+        raise WorkflowInvalid(_loose_sentence(workflow, loose[0]), node_id=loose[0])
+    if fatal := [file for file in missing if file.node_id in needed]:
+        raise _refusal(fatal, [_missing_sentence(workflow, file, sent) for file in fatal[:MAX_SENTENCES]], sent)
+    return [
+        f"{_missing_sentence(workflow, file, sent)} No output node depends on it, so it was not run."
+        for file in missing[:MAX_SENTENCES]
+    ]
 
 
 # --- what is saved ---------------------------------------------------------------------------------------------------
@@ -91,31 +129,6 @@ def file_inputs(class_type: str, description: Mapping[str, Any]) -> frozenset[st
     return frozenset(found)
 
 
-def check_loaded_files(workflow: Workflow, sent: Collection[str], comfyui: ComfyUI) -> list[str]:
-    """Refuse loaders that name files which are not there: WorkflowInvalid, with the names that were ``sent``.
-
-    Of a loader on which no output node depends, an unsent file is only a warning, which is returned: ComfyUI does not
-    run it. A file outside the input directory is refused there too. A link in place of a name is not followed.
-    """
-    found = list(_loaded(workflow, comfyui))
-    outside = [file for file in found if _leaves(file.path)]
-    if outside:
-        raise _refusal(outside, [_outside_sentence(workflow, file) for file in outside[:MAX_SENTENCES]], sent)
-    present = {posixpath.normpath(name) for name in sent}
-    missing = [file for file in found if file.folder != "input" or file.path not in present]
-    missing = _without_choices(workflow, missing, comfyui)
-    if not missing:
-        return []
-    outputs = {node_id for node_id, node in workflow.items() if comfyui.is_output_class(node["class_type"])}
-    needed = outputs | upstream_of(workflow, outputs)
-    if fatal := [file for file in missing if file.node_id in needed]:
-        raise _refusal(fatal, [_missing_sentence(workflow, file, sent) for file in fatal[:MAX_SENTENCES]], sent)
-    return [
-        f"{_missing_sentence(workflow, file, sent)} No output node depends on it, so it was not run."
-        for file in missing[:MAX_SENTENCES]
-    ]
-
-
 def _loaded(workflow: Workflow, comfyui: ComfyUI) -> Iterator[_Loaded]:
     for node_id, node in workflow.items():
         for input_name in sorted(comfyui.file_inputs(node["class_type"]) & node["inputs"].keys()):
@@ -145,11 +158,13 @@ def _leaves(path: str) -> bool:
     return path == ".." or path.startswith(("/", "../"))
 
 
-def _without_choices(workflow: Workflow, files: list[_Loaded], comfyui: ComfyUI) -> list[_Loaded]:
+def _not_there(workflow: Workflow, files: list[_Loaded], sent: Collection[str], comfyui: ComfyUI) -> list[_Loaded]:
     """But for the names that a node offers itself, such as "none": no file of the job has been written yet."""
-    inputs = {(workflow[file.node_id]["class_type"], file.input_name) for file in files}
+    present = {posixpath.normpath(name) for name in sent}
+    unsent = [file for file in files if file.folder != "input" or file.path not in present]
+    inputs = {(workflow[file.node_id]["class_type"], file.input_name) for file in unsent}
     offered = {place: comfyui.choices(*place) or () for place in inputs}
-    return [file for file in files if file.name not in offered[workflow[file.node_id]["class_type"], file.input_name]]
+    return [file for file in unsent if file.name not in offered[workflow[file.node_id]["class_type"], file.input_name]]
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
@@ -160,6 +175,12 @@ def _refusal(files: list[_Loaded], sentences: list[str], sent: Collection[str]) 
         sentences.append(f"{len(files) - MAX_SENTENCES} more files are not listed.")
     named = [file.name[:MAX_SHOWN_CHARS] for file in files[:MAX_SENTENCES]]
     return WorkflowInvalid(" ".join(sentences), files=named, sent_count=len(sent))
+
+
+def _loose_sentence(workflow: Workflow, node_id: str) -> str:
+    where = shown_node(node_id, title_of(workflow, node_id), workflow[node_id]["class_type"])
+    name, end = next(link for link in links_of(workflow, node_id) if link[1] not in workflow)
+    return f"{where}: {_shown(name)} is linked to node {_shown(end)}, which the workflow does not have."
 
 
 def _outside_sentence(workflow: Workflow, file: _Loaded) -> str:
