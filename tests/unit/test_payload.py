@@ -1,13 +1,17 @@
-"""What goes in: both request forms, every way to get it wrong. What comes out: always something that can be posted."""
+"""What goes in: both request forms, every way to get it wrong. What comes out: always something that can be posted.
+
+PARSER_EXAMPLES=10000 makes more random inputs, `--hypothesis-show-statistics` counts the answers.
+"""
 
 import base64
 import io
 import json
 import math
+import os
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -24,6 +28,7 @@ def png() -> bytes:
 PNG = png()
 CODED = base64.b64encode(PNG).decode()
 WORKFLOW = {"1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}}}
+EXAMPLES = int(os.environ.get("PARSER_EXAMPLES", "400"))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -181,13 +186,13 @@ def test_a_name_is_kept_as_the_workflow_spells_it() -> None:
     assert parse_job_input(job(files={name: "AAAA"})).files[0].name == name
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(JSON)
 def test_any_json_is_understood_or_refused(job_input: object) -> None:
     assert_understood_or_refused(job_input)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     st.fixed_dictionaries(
         {"workflow": JSON | st.just(WORKFLOW)},
@@ -208,8 +213,10 @@ def assert_understood_or_refused(job_input: object) -> None:
     try:
         request = parse_job_input(job_input)
     except WorkerError as error:
+        event(error.code)
         json.dumps(json_safe(error.as_result()), ensure_ascii=False, allow_nan=False).encode()
     else:
+        event("understood")
         assert request.workflow
         for file in request.files:
             assert not file.name.startswith("/")
