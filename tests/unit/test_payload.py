@@ -35,6 +35,14 @@ JSON = st.recursive(
     max_leaves=20,
 )
 
+GRAPHS = st.dictionaries(
+    st.text(),
+    st.fixed_dictionaries({"class_type": st.text(min_size=1), "inputs": st.dictionaries(st.text(), JSON, max_size=2)}),
+    min_size=1,
+    max_size=3,
+)
+NAMES = st.sampled_from(["a.png", "sub/a.png", "../a.png"]) | st.text()
+
 
 def nested(levels: int, innermost: object = 1) -> object:
     value = innermost
@@ -195,13 +203,13 @@ def test_any_json_is_understood_or_refused(job_input: object) -> None:
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(
     st.fixed_dictionaries(
-        {"workflow": JSON | st.just(WORKFLOW)},
+        {"workflow": st.just(WORKFLOW) | GRAPHS | JSON},
         optional={
-            "images": JSON | st.dictionaries(st.text(), st.just(CODED) | st.text(), max_size=3),
-            "files": st.dictionaries(st.text(), st.just(CODED), max_size=3),
-            "debug": JSON,
-            "timeout_s": JSON | st.floats(),
-            "comfy_org_api_key": JSON,
+            "images": st.dictionaries(NAMES, st.just(CODED) | st.text(), max_size=3) | JSON,
+            "files": st.dictionaries(NAMES, st.just(CODED), max_size=3),
+            "debug": st.booleans() | JSON,
+            "timeout_s": st.floats(1, 9) | st.floats() | JSON,
+            "comfy_org_api_key": st.text() | JSON,
         },
     )
 )
