@@ -70,8 +70,8 @@ class Worker:
         with self.server.serving(control.check):
             with steps("clear"):
                 state = self._clear()
-            names = [file.name for file in request.files]
-            warnings = [*request.warnings, *check_before_run(request.workflow, names, self.comfyui)]
+                names = [file.name for file in request.files]
+                warnings = [*request.warnings, *check_before_run(request.workflow, names, self.comfyui)]
             with self._wiped_afterwards(request, steps):
                 with steps("write"):
                     self.ramdisk.write_inputs(request.files)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from worker.payload import Workflow
 
-MAX_TITLE_CHARS = 80
+MAX_SHOWN_CHARS = 80  # of what a caller wrote
 
 
 def links_of(workflow: Workflow, node_id: str) -> list[tuple[str, str]]:
@@ -64,10 +64,10 @@ def title_of(workflow: Workflow, node_id: Any) -> str | None:
     """What the node is called in ComfyUI's editor, where the export tells."""
     meta = workflow.get(str(node_id), {}).get("_meta")
     title = meta.get("title") if isinstance(meta, dict) else None
-    return title[:MAX_TITLE_CHARS] if isinstance(title, str) and title else None
+    return title[:MAX_SHOWN_CHARS] if isinstance(title, str) and title else None
 
 
 def shown_node(node_id: Any, title: str | None, class_type: Any) -> str:
     """A node as sentences name it: ``Node 1 "Photo" (LoadImage)``."""
-    shown_title = f' "{title}"' if title else ""
-    return f"Node {node_id}{shown_title} ({class_type})"
+    shown = [" ".join(str(word)[:MAX_SHOWN_CHARS].split()) for word in (node_id, title, class_type)]
+    return f'Node {shown[0]} "{shown[1]}" ({shown[2]})' if title else f"Node {shown[0]} ({shown[2]})"

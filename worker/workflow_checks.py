@@ -37,15 +37,6 @@ _FILE_KINDS = ("AUDIO_RECORD", "LOAD_3D", "WEBCAM")
 _UNMARKED = {("LoadLatent", "latent"), ("GeminiInputFiles", "file"), ("OpenAIInputFiles", "file")}
 
 
-# --- links -----------------------------------------------------------------------------------------------------------
-
-
-def check_chain(workflow: Workflow) -> None:
-    """Raise WorkflowInvalid for more nodes in a row than ComfyUI's recursion can follow."""
-    if (length := longest_chain(workflow)) > MAX_CHAIN:
-        raise WorkflowInvalid(f"The workflow has a chain of {length} nodes; ComfyUI is sent {MAX_CHAIN} at most.")
-
-
 def check_before_run(workflow: Workflow, sent: Collection[str], comfyui: ComfyUI) -> list[str]:
     """Refuse links to nodes that are not there, and loaders of files that are not there: WorkflowInvalid.
 
@@ -64,13 +55,22 @@ def check_before_run(workflow: Workflow, sent: Collection[str], comfyui: ComfyUI
     outputs = {node_id for node_id, node in workflow.items() if comfyui.is_output_class(node["class_type"])}
     needed = outputs | upstream_of(workflow, outputs)
     if loose := sorted(lost & needed):
-        raise WorkflowInvalid(_loose_sentence(workflow, loose[0]), node_id=loose[0])
+        raise WorkflowInvalid(_loose_sentence(workflow, loose[0]), node_id=loose[0][:MAX_SHOWN_CHARS])
     if fatal := [file for file in missing if file.node_id in needed]:
         raise _refusal(fatal, [_missing_sentence(workflow, file, sent) for file in fatal[:MAX_SENTENCES]], sent)
     return [
         f"{_missing_sentence(workflow, file, sent)} No output node depends on it, so it was not run."
         for file in missing[:MAX_SENTENCES]
     ]
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+def check_chain(workflow: Workflow) -> None:
+    """Raise WorkflowInvalid for more nodes in a row than ComfyUI's recursion can follow."""
+    if (length := longest_chain(workflow)) > MAX_CHAIN:
+        raise WorkflowInvalid(f"The workflow has a chain of {length} nodes; ComfyUI is sent {MAX_CHAIN} at most.")
 
 
 # --- what is saved ---------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def check_save_paths(workflow: Workflow) -> None:
                     raise WorkflowInvalid(
                         f"{where}: {name} is {_shown(path)}, which leaves the output directory; "
                         "it must be relative, without '..'.",
-                        node_id=node_id,
+                        node_id=node_id[:MAX_SHOWN_CHARS],
                     )
 
 
