@@ -46,6 +46,7 @@ from worker.ramdisk import RamDisk
 from worker.reencode import reencoded
 from worker.run import run_workflow
 from worker.steps import StepTimer
+from worker.workflow_checks import check_before_run
 
 log = logging.getLogger("handler")
 current_job_id: contextvars.ContextVar[str] = contextvars.ContextVar("job_id", default="-")
@@ -53,6 +54,9 @@ current_job_id: contextvars.ContextVar[str] = contextvars.ContextVar("job_id", d
 PROGRESS_INTERVAL_S = 1.0
 MODELS_POLL_S = 0.05
 EXIT_POLL_S = 0.02
+# The SDK loses a job that its json.loads cannot read: no answer ever comes. Up to here it is read, and refused in a
+# sentence (MAX_NESTING in worker/payload.py). Each level takes some 200 bytes of the stack's 8 MB (CPython 3.11).
+JSON_NESTING = 10_000
 
 
 class Worker:
@@ -78,6 +82,8 @@ class Worker:
         with self.server.serving(control.check):
             with steps("clear"):
                 state = self._clear()
+                names = [file.name for file in (*request.files, *request.urls)]
+                warnings = [*request.warnings, *check_before_run(request.workflow, names, self.comfyui)]
             with self._wiped_afterwards(request, steps):
                 with steps("write"):
                     self.ramdisk.write_inputs(request.files)
@@ -95,7 +101,7 @@ class Worker:
                 with steps("collect"):
                     limit_bytes = result_limit_bytes(job_id, self.config.result_limit_bytes)
                     result = self._collect(outcome, request.output_format, control, limit_bytes)
-                    result["warnings"] = [*request.warnings, *result["warnings"]]
+                    result["warnings"] = [*warnings, *result["warnings"]]
                     if request.debug:
                         result["debug"] = self._diagnostics()
                 self.process.note_success(state)
@@ -319,6 +325,7 @@ def main() -> int:
         sys.stderr.write(f"ERROR: {error}\n")
         return 2
     configure_logging(config.log_level)
+    sys.setrecursionlimit(JSON_NESTING)
     worker = Worker(config)
     try:
         wait_until_ready(worker)

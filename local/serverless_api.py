@@ -33,6 +33,7 @@ KEEPALIVE_S = 75.0
 """Longer than a job: the SDK tries a result once, and on a kept connection that the server has closed it is lost."""
 
 FAULT_LIMIT_BYTES = 10_000
+JSON_NESTING = 10_000  # deeper bodies are refused; not known of RunPod
 CLIENT_CALLS = ("run", "runsync", "status", "stream", "cancel", "retry", "purge-queue", "health")
 
 
@@ -202,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the stand-in. Exit code: 0 after a stop by signal, 1 when the port cannot be had, 2 for wrong arguments."""
     options = _parser().parse_args(arguments)
+    sys.setrecursionlimit(JSON_NESTING)
     app = build_app(
         options.api_key,
         endpoints=options.endpoint or ["local"],

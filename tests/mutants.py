@@ -37,6 +37,7 @@ HTTPS_URL = "tests/unit/test_https_url.py"
 OUTPUTS = "tests/process/test_faults_outputs.py"
 RAMDISK = "tests/process/test_faults_ramdisk.py"
 PRIVACY = "tests/process/test_privacy.py"
+PAYLOAD = "tests/process/test_faults_payload.py"
 
 MUTANTS = [
     Mutant("nonce", "worker/run.py", ", NONCE_INPUT: nonce}", "}", f"{MAIN} -k word_for_word"),
@@ -90,6 +91,18 @@ MUTANTS = [
     Mutant("progress", "rp_handler.py", "self._newest = progress", "pass", f"{MAIN} -k progress"),
     Mutant("progress: not too often", "rp_handler.py", "PROGRESS_INTERVAL_S = 1.0", "PROGRESS_INTERVAL_S = 0.05", f"{PLATFORM} -k burst"),
     Mutant("size limit", "worker/outputs.py", "_check_size(lists, limit_bytes)", "pass", "tests/unit/test_outputs.py"),
+    Mutant("loaders: before ComfyUI is asked", "rp_handler.py", "*check_before_run(request.workflow, names, self.comfyui)", "", f"{PAYLOAD} -k not_sent"),
+    Mutant("loaders: outside", "worker/workflow_checks.py", "if _leaves(file.path)]", "if False]", f"{PAYLOAD} -k nothing_needs"),
+    Mutant("loaders: those that nothing needs", "worker/workflow_checks.py", "for file in missing if file.node_id in needed]", "for file in missing]", f"{PAYLOAD} -k nothing_needs"),
+    Mutant("loaders: wrapped values", "worker/workflow_checks.py", 'value = value.get("__value__", value)', "value = {}", f"{PAYLOAD} -k not_sent"),
+    Mutant("links to nowhere", "worker/workflow_checks.py", "if loose := sorted(lost & needed):", "if loose := []:", f"{PAYLOAD} -k link_to_a_node"),
+    Mutant("chains", "worker/payload.py", "    check_chain(workflow)\n", "", f"{PAYLOAD} -k chain"),
+    Mutant("prefixes", "worker/payload.py", "    check_save_paths(workflow)\n", "", f"{PAYLOAD} -k prefix"),
+    Mutant("nesting", "worker/payload.py", "    _refuse_deep_nesting(job_input)\n", "", f"{PAYLOAD} -k thousand_levels"),
+    Mutant("nesting: the SDK", "rp_handler.py", "    sys.setrecursionlimit(JSON_NESTING)\n", "", f"{PAYLOAD} -k thousand_levels"),
+    Mutant("classes", "worker/payload.py", "> MAX_CLASSES:", "> 10**9:", "tests/unit/test_payload.py -k one_sentence"),
+    Mutant("bombs", "worker/media.py", "    except Image.DecompressionBombError:", "    except ZeroDivisionError:", f"{PAYLOAD} -k bomb"),
+    Mutant("a flipped byte", "worker/media.py", "if zlib.crc32(view[position + 4 : body_end]) !=", "if zlib.crc32(b'') ==", f"{PAYLOAD} -k flipped"),
     Mutant("input check", "worker/payload.py", "check_image(image.name, image.data)", "pass", f"{MAIN} -k cannot_run"),
     Mutant("URLs: off unless set", "worker/payload.py", "if not allow_urls:", "if False:", f"{URLS} -k unless_the_worker"),
     Mutant("URLs: IPv6 forms of private addresses", "worker/https_url.py", "parsed not in _GLOBAL_UNICAST", "False", HTTPS_URL),

@@ -89,7 +89,7 @@ def refused(_: random.Random, content: bytes) -> Parts:
 
 
 def failing(_: random.Random, content: bytes) -> Parts:
-    return invert_workflow(prefix="../../outside"), {}, {}, "EXECUTION_FAILED", None
+    return invert_workflow(prefix="x" * 300), {}, {}, "EXECUTION_FAILED", None
 
 
 def damaged(_: random.Random, content: bytes) -> Parts:

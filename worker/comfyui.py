@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import json
 import urllib.parse
+from dataclasses import dataclass
 from typing import Any
 
 from worker.comfyui_errors import ModelNote, Refusals
 from worker.comfyui_server import HTTP_TIMEOUT_S, ComfyUIServer
 from worker.errors import ComfyUICrashed, ComfyUIUnavailable
 from worker.payload import Workflow
+from worker.workflow_checks import file_inputs
 
 QUEUE_POLL_S = 0.02
 CLEAN_UP_TIMEOUT_S = 5.0
+MAX_KNOWN_CLASSES = 10_000
+
+
+@dataclass(frozen=True)
+class _NodeClass:
+    """What /object_info says of a class, as far as it matters here."""
+
+    is_output: bool
+    file_inputs: frozenset[str]
 
 
 class ComfyUI:
@@ -28,7 +39,7 @@ class ComfyUI:
         self.server = server
         self._refusals = Refusals(model_note, self.choices)
         # By start of ComfyUI and class: another start may have other nodes.
-        self._is_output_class: dict[tuple[int, str], bool] = {}
+        self._classes: dict[tuple[int, str], _NodeClass] = {}
         self._refusing: set[tuple[int, str]] = set()
 
     # --- the queue ---
@@ -131,10 +142,21 @@ class ComfyUI:
 
         False for a name that it cannot look up: the workflow is the caller's, and POST /prompt says what is wrong.
         """
+        return self._class(class_type).is_output
+
+    def file_inputs(self, class_type: str) -> frozenset[str]:
+        """The inputs of a class that take a file of the input directory; none for a name that it cannot look up."""
+        return self._class(class_type).file_inputs
+
+    def _class(self, class_type: str) -> _NodeClass:
         key = self._key(class_type)
-        if key not in self._is_output_class:
-            self._is_output_class[key] = bool(self._look_up(class_type).get("output_node"))
-        return self._is_output_class[key]
+        if key not in self._classes:
+            description = self._look_up(class_type)
+            if len(self._classes) >= MAX_KNOWN_CLASSES:  # names that callers made up are kept, too
+                self._classes.clear()
+            is_output = bool(description.get("output_node"))
+            self._classes[key] = _NodeClass(is_output, file_inputs(class_type, description))
+        return self._classes[key]
 
     def choices(self, class_type: str, input_name: str) -> list[str] | None:
         """What an input lets one choose from now; None where that is not known."""

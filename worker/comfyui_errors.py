@@ -22,6 +22,7 @@ from worker.errors import (
     RamDiskFull,
     WorkerError,
 )
+from worker.graph import shown_node, title_of
 from worker.payload import Workflow
 
 MAX_SHOWN_CHARS = 500
@@ -156,9 +157,8 @@ def failure_of(status: dict[str, Any], workflow: Workflow, secrets: Iterable[str
     error, secrets = messages["execution_error"], [word for word in secrets if len(word) >= MIN_PRIVATE_CHARS]
     kind = str(error.get("exception_type"))
     message = _masked(str(error.get("exception_message")).strip(), secrets)[:MAX_MESSAGE_CHARS]
-    title = _title(workflow, error.get("node_id"))
-    shown_title = f' "{title}"' if title else ""
-    where = f"Node {error.get('node_id')}{shown_title} ({error.get('node_type')})"
+    title = title_of(workflow, error.get("node_id"))
+    where = shown_node(error.get("node_id"), title, error.get("node_type"))
     details = {
         "node_id": error.get("node_id"),
         "node_type": error.get("node_type"),
@@ -179,13 +179,6 @@ def failure_of(status: dict[str, Any], workflow: Workflow, secrets: Iterable[str
         return RamDiskFull(f"{told}/dev/shm (--shm-size).", **details)
     first_line = message.partition("\n")[0][:MAX_SHOWN_CHARS]
     return ExecutionFailed(f"{where} failed: {kind}: {first_line}", **details)
-
-
-def _title(workflow: Workflow, node_id: Any) -> str | None:
-    """What the node is called in ComfyUI's editor, where the export tells."""
-    meta = workflow.get(str(node_id), {}).get("_meta")
-    title = meta.get("title") if isinstance(meta, dict) else None
-    return title[:80] if isinstance(title, str) and title else None
 
 
 def _short_traceback(traceback: Any, private: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ Only these reach a caller as they are; any other exception is a bug and is repor
 WorkerError
 ├── BadRequest
 │   ├── InputInvalid          INPUT_INVALID         the job input is not of the agreed form
-│   ├── WorkflowInvalid       WORKFLOW_INVALID      no workflow, or not in API format
+│   ├── WorkflowInvalid       WORKFLOW_INVALID      no workflow, not in API format, or with files that it cannot have
 │   ├── MediaInvalid          MEDIA_INVALID         an input file is not what it says, or is cut short
 │   ├── InputUnreachable      INPUT_UNREACHABLE     an input could not be fetched from its URL
 │   └── PromptRejected        PROMPT_REJECTED       ComfyUI's own validation said no

@@ -17,6 +17,7 @@ from typing import Any
 from worker.errors import InputInvalid, MediaInvalid, WorkflowInvalid
 from worker.https_url import HttpsUrl
 from worker.media import check_image
+from worker.workflow_checks import check_chain, check_save_paths
 
 Workflow = dict[str, dict[str, Any]]
 
@@ -27,7 +28,10 @@ KNOWN_KEYS = (
 OUTPUT_FORMATS = ("png", "webp", "jpeg")
 MAX_NAME_BYTES = 255  # what a file system takes for one part of a path
 MAX_NAMED_KEYS = 20  # a result with a sentence for each of a million unknown keys could not be posted
+MAX_NESTING = 100  # ComfyUI walks inputs by recursion, which Python ends at 1,000; real ones have some 10 levels
+MAX_CLASSES = 1000  # each is looked up in ComfyUI once
 MAX_TIMEOUT_S = 604_800  # RunPod's own upper bound for executionTimeout: 7 days
+_EXPORT = "send the graph that ComfyUI's Workflow > Export (API) gives"
 _DATA_URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
 
@@ -77,6 +81,7 @@ def parse_job_input(job_input: object, *, allow_urls: bool = False) -> JobReques
     """
     if not isinstance(job_input, dict):
         raise InputInvalid('The input must be an object such as {"workflow": {...}}.')
+    _refuse_deep_nesting(job_input)
     warnings = _unknown_key_warnings(job_input)
     workflow = _parse_workflow(job_input)
     images = _parse_files(job_input.get("images"), "images", allow_urls)
@@ -97,6 +102,20 @@ def parse_job_input(job_input: object, *, allow_urls: bool = False) -> JobReques
     )
 
 
+def _refuse_deep_nesting(job_input: dict[Any, Any]) -> None:
+    """Level by level: what walks it later may use recursion."""
+    level: list[Any] = [job_input]
+    for _ in range(MAX_NESTING):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+    if level:
+        raise InputInvalid(f"The input is nested too deeply; it may have {MAX_NESTING} levels.")
+
+
 def _unknown_key_warnings(job_input: dict[Any, Any]) -> list[str]:
     unknown = [str(key)[:80] for key in job_input if key not in KNOWN_KEYS]
     warnings = []
@@ -115,14 +134,16 @@ def _unknown_key_warnings(job_input: dict[Any, Any]) -> list[str]:
 
 
 def _parse_workflow(job_input: dict[Any, Any]) -> Workflow:
-    if job_input.get("workflow") is None:
-        raise WorkflowInvalid(
-            "The input has no 'workflow'; send the graph that ComfyUI's Workflow > Export (API) gives."
-        )
-    workflow = job_input["workflow"]
+    workflow = job_input.get("workflow")
+    if workflow is None:
+        raise WorkflowInvalid(_where_the_workflow_is(job_input))
+    if isinstance(workflow, str):
+        raise WorkflowInvalid("'workflow' is a string; send the JSON object itself, not its text.")
     if not isinstance(workflow, dict):
-        kind = type(workflow).__name__
-        raise WorkflowInvalid(f"'workflow' must be a JSON object {{node_id: node}}, not a {kind}.")
+        kind = "a list" if isinstance(workflow, list) else "a single value"
+        raise WorkflowInvalid(f"'workflow' must be a JSON object {{node_id: node}}, not {kind}; {_EXPORT}.")
+    if isinstance(workflow.get("input"), dict) and "class_type" not in workflow["input"]:
+        raise WorkflowInvalid("'workflow' holds a whole request; send what stands under its 'input' as the input.")
     for wrapper in ("prompt", "workflow"):
         inner = workflow.get(wrapper)
         if isinstance(inner, dict) and "class_type" not in inner:
@@ -134,10 +155,27 @@ def _parse_workflow(job_input: dict[Any, Any]) -> Workflow:
             "export it with Workflow > Export (API) and send that file."
         )
     if not workflow:
-        raise WorkflowInvalid("'workflow' is empty; it must hold at least one node.")
+        raise WorkflowInvalid(f"'workflow' is empty; it must hold at least one node: {_EXPORT}.")
     for node_id, node in workflow.items():
         _check_node(node_id, node)
+    if (count := len({node["class_type"] for node in workflow.values()})) > MAX_CLASSES:
+        raise WorkflowInvalid(f"The workflow has nodes of {count} classes; it may have {MAX_CLASSES}.")
+    check_chain(workflow)
+    check_save_paths(workflow)
     return workflow
+
+
+def _where_the_workflow_is(job_input: dict[Any, Any]) -> str:
+    """The sentence for an input without a workflow: people send it in other wrappings, or in none."""
+    if isinstance(job_input.get("input"), dict):
+        return "The input holds another 'input'; send what stands under it as the input."
+    if isinstance(job_input.get("prompt"), dict):
+        return "The input has a 'prompt' and no 'workflow'; send the graph under 'workflow'."
+    if isinstance(job_input.get("nodes"), list):
+        return f"The input is a workflow in ComfyUI's UI format; {_EXPORT}, and send it under 'workflow'."
+    if any(isinstance(node, dict) and "class_type" in node for node in job_input.values()):
+        return 'The input is the workflow itself; send it as {"workflow": {...}}.'
+    return f"The input has no 'workflow'; {_EXPORT}."
 
 
 def _check_node(node_id: object, node: object) -> None:

@@ -18,6 +18,7 @@ from worker.comfyui import ComfyUI
 from worker.control import JobControl
 from worker.errors import ExecutionFailed, OutOfGpuMemory, WorkerError
 from worker.follow import Progress, PromptRun, RunOutcome
+from worker.graph import sources_of, upstream_of
 from worker.outputs import lost_models, named_files
 from worker.payload import Workflow
 from worker.ramdisk import RamDisk
@@ -92,7 +93,7 @@ class _Plan:
         self._stale_left = MAX_STALE
         self._pictures_left = MAX_LOST_PICTURES
         self._files_left = MAX_MISSING_FILES
-        linked = {source for node_id in workflow for source in self._sources(node_id)}
+        linked = {source for node_id in workflow for source in sources_of(workflow, node_id)}
         # Not those that others link from: with a nonce, all that comes after them would run again in every job.
         self.fresh = {
             node_id
@@ -136,7 +137,7 @@ class _Plan:
 
     def _makes_again(self, node_ids: Iterable[str], cached: Collection[str]) -> bool:
         """A cached node has handed on the path of a file that the wipe removed to these: have it run."""
-        upstream = {maker for node_id in node_ids for maker in self._upstream(node_id)}
+        upstream = upstream_of(self._workflow, node_ids)
         makers = {maker for maker in upstream.intersection(cached) if self._takes_nonce(maker)}
         if makers:
             self._files_left -= 1
@@ -147,7 +148,8 @@ class _Plan:
     def _refresh(self, node_id: str) -> None:
         """Have a node run in the next prompt: by its own nonce, by that of one that it links from, else by an empty
         cache, which costs the whole workflow and unloads the models too."""
-        able = [candidate for candidate in (node_id, *self._sources(node_id)) if self._takes_nonce(candidate)]
+        candidates = [node_id, *sources_of(self._workflow, node_id)]
+        able = [candidate for candidate in candidates if self._takes_nonce(candidate)]
         if able:
             self.fresh.add(able[0])
         else:
@@ -155,22 +157,3 @@ class _Plan:
 
     def _takes_nonce(self, node_id: str) -> bool:
         return self._comfyui.takes_nonce(self._workflow[node_id]["class_type"])
-
-    def _sources(self, node_id: str) -> list[str]:
-        """The nodes that a node links from."""
-        values = self._workflow[node_id]["inputs"].values() if node_id in self._workflow else ()
-        return [
-            value[0]
-            for value in values
-            if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[0] in self._workflow
-        ]
-
-    def _upstream(self, node_id: str) -> set[str]:
-        found: set[str] = set()
-        pending = self._sources(node_id)
-        while pending:
-            source = pending.pop()
-            if source not in found:
-                found.add(source)
-                pending += self._sources(source)
-        return found

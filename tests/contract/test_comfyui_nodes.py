@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import struct
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,41 @@ def test_a_preview_of_a_model_names_the_path_it_was_given(fresh: ComfyUI) -> Non
     path, camera, background = run.history["outputs"]["9"]["result"]
     assert (path, camera) == ("mesh/a.glb", None)
     assert (fresh.temp / background.removeprefix("temp/")).is_file()
+
+
+def test_audio_is_loaded_in_its_length(fresh: ComfyUI) -> None:
+    with wave.open(str(fresh.input / "quiet.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(2 * 6000))
+    end = node("SaveAudio", audio=["1", 0], filename_prefix="again")
+    run = fresh.run({"1": node("LoadAudio", audio="quiet.wav"), "9": end})
+    path, _ = saved(run, fresh, "audio")
+    (packed,) = struct.unpack_from(">Q", path.read_bytes(), 8 + 10)
+    assert (packed >> 44, (packed >> 41 & 7) + 1, packed & (1 << 36) - 1) == (8000, 1, 6000)
+    path.rename(fresh.input / "quiet.flac")
+    run = fresh.run({"1": node("LoadAudio", audio="quiet.flac"), "9": end})
+    path, _ = saved(run, fresh, "audio")
+    assert struct.unpack_from(">Q", path.read_bytes(), 8 + 10) == (packed,)
+
+
+def test_a_video_is_loaded_with_all_its_frames(fresh: ComfyUI) -> None:
+    end = node("SaveVideo", video=["2", 0], filename_prefix="clip", format="auto", codec="auto")
+    run = fresh.run({**film(fresh), "2": node("CreateVideo", images=["1", 0], fps=4.0), "9": end})
+    path, _ = saved(run, fresh, "images")
+    path.rename(fresh.input / "clip.mp4")
+    run = fresh.run({"2": node("LoadVideo", file="clip.mp4"), "9": end})
+    path, _ = saved(run, fresh, "images")
+    assert frames_of_mp4(path.read_bytes()) == 3
+
+
+@pytest.mark.parametrize(
+    ("class_type", "input_name", "kind"), [("LoadAudio", "audio", "audio"), ("LoadVideo", "file", "video")]
+)
+def test_a_file_that_is_not_there_is_refused(fresh: ComfyUI, class_type: str, input_name: str, kind: str) -> None:
+    end = node("PreviewAny", source=["1", 0])
+    answer = fresh.post("/prompt", {"prompt": {"1": node(class_type, **{input_name: "none.mp4"}), "9": end}})
+    (problem,) = answer.json()["node_errors"]["1"]["errors"]
+    assert problem["details"] == f"{input_name} - Invalid {kind} file: none.mp4"
 
 
 def test_a_saved_picture_can_be_loaded_from_the_output_folder(fresh: ComfyUI) -> None:

@@ -141,14 +141,14 @@ def test_debug_keeps_the_files_and_says_where_until_the_next_job_overwrites_them
             {
                 "workflow": {
                     "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
-                    "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "../../out"}},
+                    "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "x" * 300}},
                 }
             },
             "EXECUTION_FAILED",
             "Node 2 (SaveImage)",
         ),
         (invert_job(images={"a.png": base64_of(picture_bytes()[:-9])}), "MEDIA_INVALID", "cut short"),
-        ({"workflow": invert_workflow("missing.png")}, "PROMPT_REJECTED", "missing.png"),
+        ({"workflow": invert_workflow("missing.png")}, "WORKFLOW_INVALID", "'missing.png', which was not sent"),
         (
             {"workflow": {"1": {"class_type": "EmptyImage", "inputs": {}}}},
             "PROMPT_REJECTED",

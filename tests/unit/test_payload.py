@@ -1,13 +1,17 @@
-"""What goes in: both request forms, every way to get it wrong. What comes out: always something that can be posted."""
+"""What goes in: both request forms, every way to get it wrong. What comes out: always something that can be posted.
+
+PARSER_EXAMPLES=10000 makes more random inputs, `--hypothesis-show-statistics` counts the answers.
+"""
 
 import base64
 import io
 import json
 import math
+import os
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -25,11 +29,31 @@ def png() -> bytes:
 PNG = png()
 CODED = base64.b64encode(PNG).decode()
 WORKFLOW = {"1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}}}
+EXAMPLES = int(os.environ.get("PARSER_EXAMPLES", "400"))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=20,
 )
+
+GRAPHS = st.dictionaries(
+    st.text(),
+    st.fixed_dictionaries({"class_type": st.text(min_size=1), "inputs": st.dictionaries(st.text(), JSON, max_size=2)}),
+    min_size=1,
+    max_size=3,
+)
+NAMES = st.sampled_from(["a.png", "sub/a.png", "../a.png"]) | st.text()
+
+
+def nested(levels: int, innermost: object = 1) -> object:
+    value = innermost
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def saver(prefix: object) -> dict[str, Any]:
+    return {"3": {"class_type": "SaveImage", "inputs": {"filename_prefix": prefix}}}
 
 
 def job(**more: Any) -> dict[str, Any]:
@@ -111,7 +135,18 @@ def test_a_flood_of_unknown_keys_does_not_flood_the_result() -> None:
         ({"workflow": None}, WorkflowInvalid, "no 'workflow'"),
         ({"workflow": {}}, WorkflowInvalid, "empty"),
         ({"workflow": []}, WorkflowInvalid, "not a list"),
-        ({"workflow": json.dumps(WORKFLOW)}, WorkflowInvalid, "not a str"),
+        ({"workflow": 5}, WorkflowInvalid, "not a single value"),
+        ({"workflow": json.dumps(WORKFLOW)}, WorkflowInvalid, "is a string; send the JSON object itself"),
+        ({"workflow": {"input": {"workflow": WORKFLOW}}}, WorkflowInvalid, "holds a whole request"),
+        ({"input": {"workflow": WORKFLOW}}, WorkflowInvalid, "holds another 'input'"),
+        ({"prompt": WORKFLOW, "client_id": "x"}, WorkflowInvalid, "send the graph under 'workflow'"),
+        ({"nodes": [], "links": []}, WorkflowInvalid, "UI format"),
+        (WORKFLOW, WorkflowInvalid, "The input is the workflow itself"),
+        (job(deep=nested(100_000)), InputInvalid, "may have 100 levels"),
+        (job(deep=nested(99, {})), InputInvalid, "may have 100 levels"),
+        (job(deep=json.loads('{"a":' * 500 + "1" + "}" * 500)), InputInvalid, "may have 100 levels"),
+        ({"workflow": {str(n): {"class_type": f"C{n}", "inputs": {}} for n in range(1001)}}, WorkflowInvalid, "1001"),
+        ({"workflow": saver("../../outside")}, WorkflowInvalid, "leaves the output directory"),
         ({"workflow": {"nodes": [], "links": [], "version": 0.4}}, WorkflowInvalid, "Export (API)"),
         ({"workflow": {"workflow": {"nodes": [], "links": []}}}, WorkflowInvalid, "Export (API)"),
         ({"workflow": {"7": {"inputs": {}}}}, WorkflowInvalid, "'7'"),
@@ -207,24 +242,24 @@ def test_a_format_that_cannot_be_is_refused(wish: dict[str, Any], words: str) ->
         parse_job_input(job(**wish))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(JSON)
 def test_any_json_is_understood_or_refused(job_input: object) -> None:
     assert_understood_or_refused(job_input)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     st.fixed_dictionaries(
-        {"workflow": JSON | st.just(WORKFLOW)},
+        {"workflow": st.just(WORKFLOW) | GRAPHS | JSON},
         optional={
-            "images": JSON | st.dictionaries(st.text(), st.just(CODED) | st.text(), max_size=3),
-            "files": st.dictionaries(st.text(), st.just(CODED), max_size=3),
-            "debug": JSON,
-            "timeout_s": JSON | st.floats(),
+            "images": st.dictionaries(NAMES, st.just(CODED) | st.text(), max_size=3) | JSON,
+            "files": st.dictionaries(NAMES, st.just(CODED), max_size=3),
+            "debug": st.booleans() | JSON,
+            "timeout_s": st.floats(1, 9) | st.floats() | JSON,
             "output_format": JSON | st.just("webp"),
-            "output_quality": JSON,
-            "comfy_org_api_key": JSON,
+            "output_quality": st.integers(1, 100) | JSON,
+            "comfy_org_api_key": st.text() | JSON,
         },
     )
 )
@@ -236,8 +271,10 @@ def assert_understood_or_refused(job_input: object) -> None:
     try:
         request = parse_job_input(job_input)
     except WorkerError as error:
+        event(error.code)
         json.dumps(json_safe(error.as_result()), ensure_ascii=False, allow_nan=False).encode()
     else:
+        event("understood")
         assert request.workflow
         for file in request.files:
             assert not file.name.startswith("/")

@@ -14,6 +14,7 @@ from .image_nodes import (
     LoadImage,
     StandinSleep,
 )
+from .media_loaders import LoadAudio, LoadVideo
 from .media_nodes import CreateVideo, SaveAnimatedPNG, SaveAnimatedWEBP, SaveVideo, SaveWEBM
 from .node import Node
 from .sampler_nodes import (
@@ -77,6 +78,8 @@ NODE_CLASSES: dict[str, type[Node]] = {
         SaveLatent,
         ImageCompare,
         Preview3D,
+        LoadAudio,
+        LoadVideo,
         PreviewAny,
         PrimitiveString,
         PrimitiveStringMultiline,

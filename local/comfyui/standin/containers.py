@@ -20,6 +20,26 @@ def mp4_of_jpegs(pictures: list[bytes], size: tuple[int, int], fps: float) -> by
     return head + _moov(pictures, size, scale, step, offset) + _box(b"mdat", *pictures)
 
 
+def jpegs_of_mp4(data: bytes) -> tuple[list[bytes], float]:
+    """The pictures of a file that `mp4_of_jpegs` has made, and how many are shown a second. Raises ValueError."""
+    tables = {kind: data.find(kind) + 8 for kind in (b"mdhd", b"stts", b"stsz", b"stco")}  # behind version and flags
+    if data[4:8] != b"ftyp" or min(tables.values()) < 8:
+        raise ValueError("Invalid data found when processing input")
+    (scale,) = struct.unpack_from(">8xI", data, tables[b"mdhd"])
+    (step,) = struct.unpack_from(">8xI", data, tables[b"stts"])
+    (count,) = struct.unpack_from(">4xI", data, tables[b"stsz"])
+    sizes = struct.unpack_from(f">8x{count}I", data, tables[b"stsz"])
+    (offset,) = struct.unpack_from(">4xI", data, tables[b"stco"])
+    starts = [offset + sum(sizes[:index]) for index in range(count)]
+    return [data[start : start + size] for start, size in zip(starts, sizes, strict=True)], scale / step
+
+
+def flac_length(data: bytes) -> tuple[int, int, int]:
+    """Samples a second, channels and samples of a FLAC file, from its first block."""
+    packed = int.from_bytes(data[18:26], "big")
+    return packed >> 44, (packed >> 41 & 7) + 1, packed & (1 << 36) - 1
+
+
 def flac_of_silence(sample_rate: int, channels: int, samples: int, tags: dict[str, str]) -> bytes:
     """16 bits a sample, all zero; `tags` become Vorbis comments."""
     packed = sample_rate << 44 | (channels - 1) << 41 | (16 - 1) << 36 | samples
