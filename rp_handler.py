@@ -82,7 +82,7 @@ class Worker:
         with self.server.serving(control.check):
             with steps("clear"):
                 state = self._clear()
-                names = [file.name for file in (*request.files, *request.urls)]
+                names = [*(file.name for file in request.files), *(url.name for url in request.urls)]
                 warnings = [*request.warnings, *check_before_run(request.workflow, names, self.comfyui)]
             with self._wiped_afterwards(request, steps):
                 with steps("write"):

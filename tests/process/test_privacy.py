@@ -95,7 +95,7 @@ def stopped(pid: int) -> Iterator[None]:
     ("ending", "prefix", "seconds", "extra"),
     [
         ("COMPLETED", "last", 2, {}),
-        ("EXECUTION_FAILED", "../../last", 2, {}),
+        ("EXECUTION_FAILED", "x" * 300, 2, {}),
         ("CANCELLED", "last", 60, {}),
         ("JOB_TIMEOUT", "last", 60, {"timeout_s": 3}),
     ],
@@ -152,15 +152,17 @@ def test_previews_of_a_comfyui_that_dies_are_overwritten_before_the_next_one_rem
 # --- a marker ---
 
 
+def refused_job() -> dict[str, Any]:
+    """A job that ComfyUI refuses, with the marker in what it says."""
+    job = {**marked_job(), "workflow": invert_workflow(f"{MARKER}.png")}
+    job["workflow"]["2"] = {"class_type": "ImageScale", "inputs": {"image": ["1", 0], "upscale_method": MARKER}}
+    return job
+
+
 def mixed_jobs() -> list[dict[str, Any]]:
     """Jobs with the marker in them that run to their end by themselves, in whatever way."""
-    failing, by_socket, refused = (
-        marked_job(),
-        marked_job(),
-        {**marked_job(), "workflow": invert_workflow(f"{MARKER}.png")},
-    )
-    failing["workflow"]["3"]["inputs"]["filename_prefix"] = f"../../{MARKER}"
-    refused["workflow"]["2"] = {"class_type": "ImageScale", "inputs": {"image": ["1", 0], "upscale_method": MARKER}}
+    failing, by_socket, refused = marked_job(), marked_job(), refused_job()
+    failing["workflow"]["3"]["inputs"]["filename_prefix"] = f"{MARKER}{'x' * 300}"
     by_socket["workflow"]["3"] = {"class_type": "SaveImageWebsocket", "inputs": {"images": ["2", 0]}}
     photograph = {"workflow": invert_workflow(f"{MARKER}.jpg"), "images": {f"{MARKER}.jpg": base64_of(marked_jpeg())}}
     unknown = {"workflow": {"1": {"class_type": MARKER, "inputs": {"text": MARKER}}}}
@@ -261,7 +263,7 @@ def test_a_comfyui_that_is_restarted_after_each_job_has_nothing_of_it(restarting
     before = restarts(restarting)
     for job, ending in (
         (marked_job(), "COMPLETED"),
-        ({**marked_job(), "workflow": invert_workflow(f"../{MARKER}")}, "PROMPT_REJECTED"),
+        (refused_job(), "PROMPT_REJECTED"),
         (marked_job(60, timeout_s=3), "JOB_TIMEOUT"),
     ):
         pid = restarting.comfyui_pid()
