@@ -1,10 +1,10 @@
-# make demo | up | test | faults | soak | lint | mutants | lock | clean
+# make demo | up | test | faults | soak | bench | lint | mutants | lock | clean
 PYTHON ?= python3
 PY = .venv/bin/python
 PARALLEL = -n 6 --dist loadgroup
 CLIENT = $(PY) client.py --url {url} --workflow workflows/one_image.json --img workflows/photos/coffee.jpg
 
-.PHONY: demo up test faults soak lint mutants lock clean
+.PHONY: demo up test faults soak bench lint mutants lock clean
 
 demo: .venv/.installed ## one photograph through the whole stack; the picture lands in output/
 	@$(PY) -m local -- $(CLIENT)
@@ -22,6 +22,9 @@ faults: .venv/.installed-dev ## the rows of tests/process/FAULTS.md, whose colum
 
 soak: .venv/.installed-dev ## 500 jobs under random faults, two workers: a table; JOBS=100 for fewer
 	@$(PY) -m tests.soak --jobs $(or $(JOBS),500)
+
+bench: .venv/.installed-dev ## the figures, a table each
+	@$(PY) -m benchmarks.memory
 
 lint: .venv/.installed-dev
 	@.venv/bin/ruff check .

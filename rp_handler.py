@@ -23,19 +23,21 @@ from runpod.http_client import AsyncClientSession
 from runpod.serverless.modules.rp_http import send_result
 from runpod.serverless.modules.worker_state import JobsProgress
 
+from worker.bucket import Bucket
 from worker.comfyui import ComfyUI
 from worker.comfyui_server import ComfyUIServer
 from worker.config import Config, ConfigError
 from worker.control import JobControl
+from worker.delivery import Delivery, result_limit_bytes
 from worker.errors import ComfyUICrashed, ComfyUIUnavailable, RamDiskError, WorkerError, WorkerFault, internal_error
 from worker.follow import Progress, RunOutcome
 from worker.models.manifest import read_manifest, sentence_about
-from worker.outputs import collect_outputs, result_limit_bytes, unnamed_files
+from worker.outputs import chosen_outputs, unnamed_files
 from worker.payload import JobRequest, json_safe, parse_job_input
 from worker.process import ComfyUIProcess, ProcessState
 from worker.ramdisk import RamDisk
 from worker.run import run_workflow
-from worker.steps import StepTimer
+from worker.steps import WIDEST_TIMINGS_MS, StepTimer
 
 log = logging.getLogger("handler")
 current_job_id: contextvars.ContextVar[str] = contextvars.ContextVar("job_id", default="-")
@@ -54,6 +56,7 @@ class Worker:
         self.process = ComfyUIProcess(config.ramdisk_dir / "run")
         self.server = ComfyUIServer(config.comfyui_port, self.process)
         self.comfyui = ComfyUI(self.server, self._model_note)
+        self.bucket = None if config.bucket is None else Bucket(config.bucket)
 
     def run_job(
         self, job_id: str, job_input: object, control: JobControl, on_progress: Callable[[Progress], None]
@@ -62,6 +65,7 @@ class Worker:
         steps = StepTimer()
         with steps("parse"):
             request = parse_job_input(job_input)
+            del job_input  # with `_run`, the last reference to the Base64 texts of the request
             control.shorten(request.timeout_s or control.timeout_s)
         with self.server.serving(control.check):
             with steps("clear"):
@@ -80,10 +84,7 @@ class Worker:
                         api_key=request.comfy_org_api_key,
                     )
                 with steps("collect"):
-                    result = self._collect(outcome, result_limit_bytes(job_id, self.config.result_limit_bytes))
-                    result["warnings"] = [*request.warnings, *result["warnings"]]
-                    if request.debug:
-                        result["debug"] = self._diagnostics()
+                    result = self._collect(job_id, request, outcome, control)
         self.process.note_success(state)
         result["timings_ms"] = steps.timings_ms
         return result
@@ -99,11 +100,16 @@ class Worker:
         self.ramdisk.wipe()
         return state
 
-    def _collect(self, outcome: RunOutcome, limit_bytes: int) -> dict[str, Any]:
-        result: dict[str, Any] = {"status": "success"}
-        result |= collect_outputs(outcome, self.ramdisk, limit_bytes)
-        result["warnings"] = [*outcome.warnings, *unnamed_files(outcome, self.ramdisk)]
-        return result
+    def _collect(self, job_id: str, request: JobRequest, outcome: RunOutcome, control: JobControl) -> dict[str, Any]:
+        outputs, texts = chosen_outputs(outcome, self.ramdisk)
+        rest: dict[str, Any] = {
+            "warnings": [*request.warnings, *outcome.warnings, *unnamed_files(outcome, self.ramdisk)],
+            "timings_ms": WIDEST_TIMINGS_MS,
+        }
+        if request.debug:
+            rest["debug"] = self._diagnostics()
+        limit_bytes = result_limit_bytes(job_id, self.config.result_limit_bytes)
+        return Delivery(job_id, limit_bytes, self.ramdisk, self.bucket, control).deliver(outputs, texts, rest)
 
     def _model_note(self, name: str) -> str | None:
         run_dir = self.config.ramdisk_dir / "run"
@@ -212,7 +218,7 @@ class Endpoint:
     def _run(self, job: dict[str, Any], control: JobControl, on_progress: Callable[[Progress], None]) -> dict[str, Any]:
         """The one place where exceptions become an answer."""
         try:
-            result = self._worker.run_job(job["id"], job.get("input"), control, on_progress)
+            result = self._worker.run_job(job["id"], job.pop("input", None), control, on_progress)
         except WorkerError as error:
             # What ComfyUI or a caller said may hold prompt text: only our own sentences go into the log.
             own_words = error.message if isinstance(error, WorkerFault) else error.details.get("exception_type", "")
@@ -276,7 +282,8 @@ def configure_logging(level: str) -> None:
     output.addFilter(add_job_id)
     form = "%(asctime)s %(levelname)s %(name)s [%(job_id)s] %(message)s"
     logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S", handlers=[output], force=True)
-    logging.getLogger("urllib3").setLevel(logging.WARNING)
+    for library in ("urllib3", "botocore", "boto3"):  # at DEBUG they tell of keys, signatures and links
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def main() -> int:

@@ -1,22 +1,21 @@
-"""From the files that ComfyUI's history names to the items of a result, within RunPod's size limit."""
+"""Which of the files that ComfyUI's history names are returned, and what their items say.
+
+`worker/delivery.py` makes the posted result of them.
+"""
 
 from __future__ import annotations
 
-import base64
-import json
+import io
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
-from worker.errors import NoOutput, OutputDamaged, ResultTooLarge
+from worker.errors import NoOutput, OutputDamaged
 from worker.follow import RunOutcome
 from worker.media import is_cut_short
 from worker.ramdisk import RamDisk
 
-# The limits count the posted JSON body; RunPod documents 10 MB, and 20 MB for jobs of /runsync, whose ids show it.
-ASYNC_LIMIT_BYTES = 10_000_000
-SYNC_LIMIT_BYTES = 20_000_000
-MARGIN = 0.98
 # Not the mimetypes module: its answers for WebP, FLAC and others depend on the machine's /etc/mime.types.
 _MEDIA_TYPES = {
     ".avi": "video/x-msvideo",
@@ -48,12 +47,7 @@ _MEDIA_TYPES = {
 MAX_NAMED_FILES = 10
 _CATEGORIES = {"image": "images", "video": "videos", "audio": "audio"}
 
-
-def result_limit_bytes(job_id: str, override: int | None) -> int:
-    """How large the posted body may be for this job."""
-    if override is not None:
-        return override
-    return int(MARGIN * (SYNC_LIMIT_BYTES if job_id.startswith("sync-") else ASYNC_LIMIT_BYTES))
+Text = dict[str, Any]  # {"node_id", "text"}
 
 
 @dataclass(frozen=True)
@@ -74,9 +68,14 @@ class Output:
     def size_bytes(self, ramdisk: RamDisk) -> int:
         return ramdisk.size_of(self.kind, self.subfolder, self.filename) if self.data is None else len(self.data)
 
+    def open(self, ramdisk: RamDisk) -> AbstractContextManager[BinaryIO]:
+        """A stream of its bytes. Raises OutputMissing when it is entered."""
+        return ramdisk.open(self.kind, self.subfolder, self.filename) if self.data is None else io.BytesIO(self.data)
+
     def read(self, ramdisk: RamDisk) -> bytes:
-        """Raises OutputMissing or OutputDamaged."""
-        data = ramdisk.read(self.kind, self.subfolder, self.filename) if self.data is None else self.data
+        """The whole of it. Raises OutputMissing or OutputDamaged."""
+        with self.open(ramdisk) as stream:
+            data = stream.read()
         if self.category != "files" and is_cut_short(data):
             raise OutputDamaged(
                 f"ComfyUI wrote {self.filename!r} only in part ({len(data)} bytes); send the job again.",
@@ -107,29 +106,13 @@ class Output:
         }
 
 
-def collect_outputs(outcome: RunOutcome, ramdisk: RamDisk, limit_bytes: int) -> dict[str, list[dict[str, Any]]]:
-    """``{"images": [item...]}`` and, where there are any, ``videos``, ``audio``, ``files``, ``texts``.
-
-    Previews (type temp) are returned only where nothing was saved. Raises NoOutput, OutputMissing, OutputDamaged
-    or ResultTooLarge, the last before any file is read.
-    """
-    texts = _texts(outcome.outputs)
-    found = returned_files(outcome)
+def chosen_outputs(outcome: RunOutcome, ramdisk: RamDisk) -> tuple[list[Output], list[Text]]:
+    """The files and the texts that are returned. Raises NoOutput where there is neither."""
+    found, texts = returned_files(outcome), _texts(outcome.outputs)
     if not found and not texts:
         told = "The workflow ran and gave nothing; does it end in a SaveImage node or another output node?"
         raise NoOutput(" ".join([told, *outcome.warnings, *unnamed_files(outcome, ramdisk)]))
-    lists: dict[str, list[dict[str, Any]]] = {"images": []}
-    pairs = []
-    for output in found:
-        item = output.item(output.size_bytes(ramdisk))
-        lists.setdefault(output.category, []).append(item)
-        pairs.append((output, item))
-    if texts:
-        lists["texts"] = texts
-    _check_size(lists, limit_bytes)
-    for output, item in pairs:
-        item["data"] = base64.b64encode(output.read(ramdisk)).decode("ascii")
-    return lists
+    return found, texts
 
 
 def unnamed_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[str]:
@@ -179,7 +162,7 @@ def _extension(data: bytes) -> str:
     return ".jpg" if data.startswith(b"\xff\xd8") else ".png"
 
 
-def _texts(outputs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _texts(outputs: dict[str, dict[str, Any]]) -> list[Text]:
     """Plain strings, as PreviewAny gives them under ``text``."""
     return [
         {"node_id": node_id, "text": text}
@@ -187,20 +170,3 @@ def _texts(outputs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         for text in output.get("text") or ()
         if isinstance(text, str)
     ]
-
-
-def _check_size(lists: dict[str, list[dict[str, Any]]], limit_bytes: int) -> None:
-    items = [item for name, entries in lists.items() if name != "texts" for item in entries]
-    encoded_bytes = sum(4 * ((item["size_bytes"] + 2) // 3) for item in items)
-    # The SDK posts json.dumps({"output": result}, ensure_ascii=False); Base64 needs no escapes.
-    body_bytes = encoded_bytes + len(json.dumps({"output": lists}, ensure_ascii=False).encode(errors="replace"))
-    if body_bytes <= limit_bytes:
-        return
-    files = {item["filename"]: item["size_bytes"] for item in items}
-    raise ResultTooLarge(
-        f"The result takes {body_bytes / 1e6:.1f} MB and RunPod takes {limit_bytes / 1e6:.1f} MB; "
-        "save fewer or smaller pictures, or a format such as WebP.",
-        body_bytes=body_bytes,
-        limit_bytes=limit_bytes,
-        files=files,
-    )

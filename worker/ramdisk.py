@@ -14,7 +14,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from worker.errors import OutputMissing, RamDiskError, RamDiskFull
 
@@ -73,10 +73,11 @@ class RamDisk:
         with self._open_file(kind, subfolder, filename) as file_fd:
             return os.fstat(file_fd).st_size
 
-    def read(self, kind: str, subfolder: str, filename: str) -> bytes:
-        """The whole file. Raises OutputMissing if it is not there, not a regular file, or outside."""
+    @contextlib.contextmanager
+    def open(self, kind: str, subfolder: str, filename: str) -> Iterator[BinaryIO]:
+        """A stream of the file. Raises OutputMissing if it is not there, not a regular file, or outside."""
         with self._open_file(kind, subfolder, filename) as file_fd, os.fdopen(file_fd, "rb", closefd=False) as stream:
-            return stream.read()
+            yield stream
 
     def wipe(self, directories: tuple[str, ...] = JOB_DIRECTORIES) -> None:
         """Overwrite with zeros and remove all that is below ``directories``.
