@@ -5,8 +5,8 @@
 
 Both are workers of the platform stand-in, new processes for each figure, with the SDK's real loop; the product's
 has `start.sh` and the ComfyUI stand-in around it, and makes its result from a file on the RAM disk. The peak is the
-kernel's VmHWM of the one process that runs the handler. The result's Base64 is as long as the string. 19.5 MB is what RunPod
-takes of /runsync, less a margin.
+kernel's VmHWM of the one process that runs the handler. The result's Base64 is as long as the string. 19.5 MB is what
+RunPod takes of /runsync, less a margin.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ STOPPING = "tests/process/test_stopping.py"
 COMFYUI = "tests/process/test_faults_comfyui.py"
 WEBSOCKET = "tests/process/test_faults_websocket.py"
 PLATFORM = "tests/process/test_faults_platform.py"
+RESULTS = "tests/process/test_faults_results.py"
 
 MUTANTS = [
     Mutant("nonce", "worker/run.py", ", NONCE_INPUT: nonce}", "}", f"{MAIN} -k word_for_word"),
@@ -70,7 +71,14 @@ MUTANTS = [
     Mutant("a dead sshd is a warning", "start.sh", "sshd_pid=''\n            log WARNING", "die 1", f"{PLATFORM} -k sshd"),
     Mutant("progress", "rp_handler.py", "self._newest = progress", "pass", f"{MAIN} -k progress"),
     Mutant("progress: not too often", "rp_handler.py", "PROGRESS_INTERVAL_S = 1.0", "PROGRESS_INTERVAL_S = 0.05", f"{PLATFORM} -k burst"),
-    Mutant("size limit", "worker/outputs.py", "_check_size(lists, limit_bytes)", "pass", "tests/unit/test_outputs.py"),
+    Mutant("size limit", "worker/delivery.py", "elif body_bytes > self.limit_bytes:", "elif False:", "tests/unit/test_delivery.py"),
+    Mutant("size limit: all that is posted", "rp_handler.py", '"timings_ms": WIDEST_TIMINGS_MS,', "", f"{RESULTS} -k just_under"),
+    Mutant("size limit: texts beside links", "worker/delivery.py", "if (body_bytes := posted_bytes(result)) > self.limit_bytes:", "if False:", f"{RESULTS} -k texts_too"),
+    Mutant("bucket: several at a time", "worker/bucket.py", "PARALLEL_UPLOADS = 4", "PARALLEL_UPLOADS = 1", f"{RESULTS} -k several_files"),
+    Mutant("bucket: sent again", "worker/bucket.py", 'if wait_s is None or not failure.details["retried"]:', "if True:", f"{RESULTS} -k fails_twice"),
+    Mutant("bucket: refusals are final", "worker/bucket.py", 'not failure.details["retried"]:', "False:", f"{RESULTS} -k does_not_exist"),
+    Mutant("bucket: deadline and cancellation", "worker/bucket.py", "                control.check()\n", "", f"{RESULTS} -k up_the_deadline"),
+    Mutant("bucket: keys stay out of the log", "rp_handler.py", '("urllib3", "botocore", "boto3")', '("urllib3",)', f"{RESULTS} -k several_files"),
     Mutant("input check", "worker/payload.py", "check_image(image.name, image.data)", "pass", f"{MAIN} -k cannot_run"),
     Mutant("secrets stay out of ComfyUI", "start.sh", '        unset "${!RUNPOD_@}"', '        : "${!RUNPOD_@}"', "tests/process/test_start_sh.py -k secret"),
     Mutant("checkout unchanged", "start.sh", "PYTHONDONTWRITEBYTECODE=1", "NOTHING=1", "tests/process/test_start_sh.py -k byte_identical"),

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlsplit
@@ -70,9 +71,8 @@ class Upload(NamedTuple):
 class Bucket:
     """Uploads of one worker. Keys are unguessable and begin with the job's id."""
 
-    def __init__(self, settings: BucketSettings, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, settings: BucketSettings) -> None:
         self.settings = settings
-        self._sleep = sleep
         self._client: Any = None
 
     def upload(self, job_id: str, uploads: Sequence[Upload], control: JobControl) -> list[str]:
@@ -86,7 +86,8 @@ class Bucket:
         deadline = time.monotonic() + UPLOAD_TIMEOUT_S
         pool = ThreadPoolExecutor(PARALLEL_UPLOADS, thread_name_prefix="upload")
         try:
-            futures = [pool.submit(self._send, client, job_id, upload, stop) for upload in uploads]
+            # Each in a copy of this thread's context, which has the job's id for the log.
+            futures = [pool.submit(copy_context().run, self._send, client, job_id, upload, stop) for upload in uploads]
             pending: set[Future[str]] = set(futures)
             while pending:
                 control.check()
@@ -133,10 +134,11 @@ class Bucket:
         waits_s = iter(RETRY_WAITS_S)
         while (failure := self._try(client, place, upload, stop)) is not None:
             wait_s = next(waits_s, None)
-            if wait_s is None or not failure.details["retried"] or stop.is_set():
+            if wait_s is None or not failure.details["retried"]:
                 raise failure
             log.warning("upload failed (%s); trying again in %g s", failure.details["reason"], wait_s)
-            self._sleep(wait_s)
+            if stop.wait(wait_s):
+                raise failure
         return str(client.generate_presigned_url("get_object", Params=place, ExpiresIn=LINK_VALID_S))
 
     def _try(self, client: Any, place: dict[str, str], upload: Upload, stop: threading.Event) -> UploadFailed | None:

@@ -74,8 +74,7 @@ class Output:
 
     def read(self, ramdisk: RamDisk) -> bytes:
         """The whole of it. Raises OutputMissing or OutputDamaged."""
-        with self.open(ramdisk) as stream:
-            data = stream.read()
+        data = ramdisk.read(self.kind, self.subfolder, self.filename) if self.data is None else self.data
         if self.category != "files" and is_cut_short(data):
             raise OutputDamaged(
                 f"ComfyUI wrote {self.filename!r} only in part ({len(data)} bytes); send the job again.",

@@ -79,6 +79,11 @@ class RamDisk:
         with self._open_file(kind, subfolder, filename) as file_fd, os.fdopen(file_fd, "rb", closefd=False) as stream:
             yield stream
 
+    def read(self, kind: str, subfolder: str, filename: str) -> bytes:
+        """The whole file. Raises OutputMissing as `open` does."""
+        with self.open(kind, subfolder, filename) as stream:
+            return stream.read()
+
     def wipe(self, directories: tuple[str, ...] = JOB_DIRECTORIES) -> None:
         """Overwrite with zeros and remove all that is below ``directories``.
 
