@@ -56,17 +56,19 @@ class Delivery:
         result = _assembled(outputs, items, texts, rest)
         body_bytes = posted_bytes(result) + sum(base64_bytes(item["size_bytes"]) for item in items)
         if self.bucket is not None and outputs and (self.bucket.settings.always or body_bytes > self.limit_bytes):
+            self._check_without_files(result)  # before anything is uploaded in vain
             self._upload(self.bucket, outputs, items)
-            if (body_bytes := posted_bytes(result)) > self.limit_bytes:
-                raise self._too_large(
-                    body_bytes, [], "the files are in the bucket, but texts are not; ask for less text"
-                )
+            self._check_without_files(result)  # and with the links
         elif body_bytes > self.limit_bytes:
             raise self._too_large(body_bytes, items, _what_helps(items))
         else:
             for output, item in zip(outputs, items, strict=True):
                 item["data"] = base64_text(output.read(self.ramdisk))
         return result
+
+    def _check_without_files(self, result: dict[str, Any]) -> None:
+        if (body_bytes := posted_bytes(result)) > self.limit_bytes:
+            raise self._too_large(body_bytes, [], "files go into the bucket, but texts do not; ask for less text")
 
     def _upload(self, bucket: Bucket, outputs: Sequence[Output], items: list[Item]) -> None:
         for output in outputs:

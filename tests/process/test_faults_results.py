@@ -59,6 +59,8 @@ def bare_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
 
 @pytest.fixture
 def bucket(bucket_server: BucketServer) -> Iterator[BucketServer]:
+    """As it was at the start, before and after."""
+    bucket_server.disarm()
     yield bucket_server
     bucket_server.disarm()
     bucket_server.give_access()
@@ -134,8 +136,11 @@ def test_a_result_too_large_to_be_posted_names_its_files_and_what_helps(row: Row
 
 
 @pytest.mark.fault("B3")
-def test_texts_too_large_to_be_posted_are_told(row: Row, bare_stack: Driver, bucket_stack: Driver) -> None:
-    row.fails(bucket_stack.run(text_job(2 * LIMIT_BYTES)), "RESULT_TOO_LARGE", "texts are not; ask for less text")
+def test_texts_too_large_to_be_posted_are_told(
+    row: Row, bare_stack: Driver, bucket_stack: Driver, bucket: BucketServer
+) -> None:
+    row.fails(bucket_stack.run(text_job(2 * LIMIT_BYTES)), "RESULT_TOO_LARGE", "texts do not; ask for less text")
+    assert bucket.count() == 0
     workflow = text_job(2 * LIMIT_BYTES)["workflow"]
     row.fails(
         bare_stack.run({"workflow": {key: workflow[key] for key in ("text", "show")}}), "RESULT_TOO_LARGE", "text"
