@@ -1,4 +1,4 @@
-"""A real S3 server as a process: moto, which checks keys here, with faults in front of it.
+"""A real S3 server as a process: moto, which checks every signature here, with faults in front of it.
 
     python -m tests.process.bucket_server PORT      prints "listening URL"; PORT may be 0
 
@@ -11,6 +11,8 @@ It has one bucket and one key, below. `POST /_fault {"kind": ..., "times": 1}` s
 `POST /_access {"id": ..., "secret": ..., "bucket": ...}`: from now on the server knows this key and this bucket only.
 """
 
+import hashlib
+import hmac
 import json
 import sys
 import threading
@@ -55,6 +57,8 @@ class Server:
         if request.method in self._counts and request.path.count("/") > 2:  # an object, not the bucket
             fault = self._struck(request.method)
             answer = None if fault is None else self._strike(fault, request)
+            if answer is None and "X-Amz-Signature" in request.args and not is_signed_link(request):
+                answer = Response(status=403)
             if answer is not None:
                 return answer(environ, start_response)
         return self._moto(environ, start_response)  # type: ignore[no-any-return]
@@ -115,8 +119,22 @@ def give_access(id: str, secret: str, bucket: str) -> None:
     s3_backends.bucket_accounts = {bucket: ("aws", ACCOUNT)}  # where moto looks first
 
 
+def is_signed_link(request: Request) -> bool:
+    """Whether a link is signed with the key that the server knows (AWS signature version 4, in the query)."""
+    (key,) = iam_backends[ACCOUNT]["aws"].users["worker"].access_keys
+    path, _, query = request.environ["RAW_URI"].partition("?")
+    signed = "&".join(sorted(part for part in query.split("&") if not part.startswith("X-Amz-Signature=")))
+    canonical = f"{request.method}\n{path}\n{signed}\nhost:{request.host}\n\nhost\nUNSIGNED-PAYLOAD"
+    key_id, _, scope = request.args["X-Amz-Credential"].partition("/")
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    secret = f"AWS4{key.secret_access_key}".encode()
+    for part in [*scope.split("/"), f"AWS4-HMAC-SHA256\n{request.args['X-Amz-Date']}\n{scope}\n{digest}"]:
+        secret = hmac.digest(secret, part.encode(), "sha256")
+    return key_id == key.access_key_id and secret.hex() == request.args["X-Amz-Signature"]
+
+
 def check_signed_headers_only() -> None:
-    """moto reads a signature from the Authorization header; links have theirs in the query, and it takes them all."""
+    """moto looks for a signature in the Authorization header; links have theirs in the query."""
     check = ActionAuthenticatorMixin._authenticate_and_authorize_action
 
     def checked(self: Any, iam_request_cls: type, resource: str = "*") -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -174,6 +175,8 @@ def test_a_result_over_the_limit_is_uploaded_several_files_at_a_time(
         with urllib.request.urlopen(item["data"]) as download:
             assert download.headers["Content-Type"] == "image/png"
             assert len(download.read()) == item["size_bytes"]
+        with pytest.raises(urllib.error.HTTPError, match="403"):  # the server checks links
+            urllib.request.urlopen(item["data"].replace("results/", "results/a", 1))
     without_secrets(bucket_stack, answer)
     row.next_job_runs(bucket_stack)
 
