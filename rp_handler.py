@@ -65,7 +65,8 @@ class Worker:
         steps = StepTimer()
         with steps("parse"):
             request = parse_job_input(job_input)
-            del job_input  # with `_run`, the last reference to the Base64 texts of the request
+            if isinstance(job_input, dict):
+                job_input.clear()  # its Base64 texts: the SDK holds on to it until the result is posted
             control.shorten(request.timeout_s or control.timeout_s)
         with self.server.serving(control.check):
             with steps("clear"):
@@ -218,7 +219,7 @@ class Endpoint:
     def _run(self, job: dict[str, Any], control: JobControl, on_progress: Callable[[Progress], None]) -> dict[str, Any]:
         """The one place where exceptions become an answer."""
         try:
-            result = self._worker.run_job(job["id"], job.pop("input", None), control, on_progress)
+            result = self._worker.run_job(job["id"], job.get("input"), control, on_progress)
         except WorkerError as error:
             # What ComfyUI or a caller said may hold prompt text: only our own sentences go into the log.
             own_words = error.message if isinstance(error, WorkerFault) else error.details.get("exception_type", "")

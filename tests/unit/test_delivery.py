@@ -1,6 +1,5 @@
 """From the outputs to the posted result: its size, and what is done where that is too much."""
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 from worker.bucket import Bucket, BucketSettings
 from worker.control import JobControl
-from worker.delivery import PIECE_BYTES, Delivery, base64_text, posted_bytes, result_limit_bytes
+from worker.delivery import Delivery, posted_bytes, result_limit_bytes
 from worker.errors import JobCancelled, ResultTooLarge
 from worker.outputs import Output
 from worker.payload import json_safe
@@ -46,12 +45,6 @@ def test_the_size_limit_counts_the_posted_body_to_the_byte() -> None:
 @given(st.dictionaries(st.text(), st.text() | st.floats() | st.integers() | st.lists(st.text())))
 def test_what_is_measured_is_what_is_posted(result: dict[str, Any]) -> None:
     assert posted_bytes(result) == len(json.dumps({"output": json_safe(result)}, ensure_ascii=False).encode())
-
-
-@pytest.mark.parametrize("size_bytes", [0, 1, 2, 3, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES + 2])
-def test_base64_in_pieces_is_base64(size_bytes: int) -> None:
-    data = bytes(range(256)) * (size_bytes // 256 + 1)
-    assert base64_text(data[:size_bytes]) == base64.b64encode(data[:size_bytes]).decode()
 
 
 def test_of_many_files_the_largest_are_told() -> None:
