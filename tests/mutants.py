@@ -75,6 +75,7 @@ MUTANTS = [
     Mutant("size limit: all that is posted", "rp_handler.py", '"timings_ms": WIDEST_TIMINGS_MS,', "", f"{RESULTS} -k just_under"),
     Mutant("size limit: texts beside links", "worker/delivery.py", "self._check_without_files(result)  # before", "pass  # before", f"{RESULTS} -k texts_too"),
     Mutant("memory: inputs are let go of", "rp_handler.py", "job_input.clear()", "pass", "tests/process/test_memory.py"),
+    Mutant("memory: what is freed goes back", "start.sh", "MALLOC_MMAP_THRESHOLD_=1048576 exec", "exec", "tests/process/test_memory.py"),
     Mutant("bucket: several at a time", "worker/bucket.py", "PARALLEL_UPLOADS = 4", "PARALLEL_UPLOADS = 1", f"{RESULTS} -k several_files"),
     Mutant("bucket: sent again", "worker/bucket.py", 'if wait_s is None or not failure.details["retried"]:', "if True:", f"{RESULTS} -k fails_twice"),
     Mutant("bucket: refusals are final", "worker/bucket.py", 'not failure.details["retried"]:', "False:", f"{RESULTS} -k does_not_exist"),

@@ -102,30 +102,40 @@ class Bucket:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _connected(self) -> Any:
-        if self._client is None:
-            import boto3.session
-            from botocore.config import Config
+        """The client, which speaks to nobody yet. Raises UploadFailed for settings that boto3 cannot use."""
+        from botocore.exceptions import BotoCoreError
 
-            self._client = boto3.session.Session().client(
-                "s3",
-                endpoint_url=self.settings.service_url,
-                region_name=self.settings.signing_region,
-                aws_access_key_id=self.settings.access_key_id,
-                aws_secret_access_key=self.settings.secret_access_key,
-                config=Config(
-                    signature_version="s3v4",
-                    # AWS, R2, MinIO, RunPod, Backblaze and Wasabi know it; host names need a wildcard certificate.
-                    s3={"addressing_style": "path"},
-                    # boto3's newer default sends checksums in a form that other servers than AWS refuse.
-                    request_checksum_calculation="when_required",
-                    response_checksum_validation="when_required",
-                    connect_timeout=SILENCE_TIMEOUT_S,
-                    read_timeout=SILENCE_TIMEOUT_S,
-                    max_pool_connections=PARALLEL_UPLOADS,
-                    retries={"total_max_attempts": 1},  # `_send` tries again, and stops when the job does
-                ),
-            )
+        try:
+            if self._client is None:
+                self._client = self._made()
+        except (BotoCoreError, ValueError) as error:  # an invalid host, region or AWS_PROFILE
+            advice = "look at BUCKET_ENDPOINT_URL and BUCKET_REGION"
+            raise UploadFailed(f"There is no way to the bucket ({type(error).__name__}); {advice}.") from None
         return self._client
+
+    def _made(self) -> Any:
+        import boto3.session
+        from botocore.config import Config
+
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.settings.service_url,
+            region_name=self.settings.signing_region,
+            aws_access_key_id=self.settings.access_key_id,
+            aws_secret_access_key=self.settings.secret_access_key,
+            config=Config(
+                signature_version="s3v4",
+                # AWS, R2, MinIO, RunPod, Backblaze and Wasabi know it; host names need a wildcard certificate.
+                s3={"addressing_style": "path"},
+                # boto3's newer default sends checksums in a form that other servers than AWS refuse.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+                connect_timeout=SILENCE_TIMEOUT_S,
+                read_timeout=SILENCE_TIMEOUT_S,
+                max_pool_connections=PARALLEL_UPLOADS,
+                retries={"total_max_attempts": 1},  # `_send` tries again, and stops when the job does
+            ),
+        )
 
     def _send(self, client: Any, job_id: str, upload: Upload, stop: threading.Event) -> str:
         """Upload one file, tried again after RETRY_WAITS_S where that can help. Raises the last UploadFailed."""
@@ -142,16 +152,21 @@ class Bucket:
         return str(client.generate_presigned_url("get_object", Params=place, ExpiresIn=LINK_VALID_S))
 
     def _try(self, client: Any, place: dict[str, str], upload: Upload, stop: threading.Event) -> UploadFailed | None:
-        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+        from botocore.parsers import ResponseParserError
 
+        parameters = {**place, "ContentLength": upload.size_bytes, "ContentType": upload.media_type}
         try:
             with upload.open() as stream:
-                body = _Body(stream, stop)
-                client.put_object(**place, Body=body, ContentLength=upload.size_bytes, ContentType=upload.media_type)
+                answer = client.put_object(Body=_Body(stream, stop), **parameters)
         except ClientError as error:
             return _refusal(error.response, upload.filename)
-        except (BotoCoreError, OSError) as error:  # OSError: what urllib3 lets through, and `_Body`
-            return _no_answer(error, upload.filename)
+        except (HTTPClientError, OSError) as error:  # OSError: what urllib3 lets through, and `_Body`
+            return _failure(upload.filename, type(error).__name__, _NO_ANSWER, retried=True)
+        except (BotoCoreError, ResponseParserError, ValueError) as error:  # what cannot be sent, or understood
+            return _failure(upload.filename, type(error).__name__, _UNUSABLE, retried=False)
+        if "ETag" not in answer:  # a console or a proxy that says 200 to everything
+            return _failure(upload.filename, "an answer that is not S3's", _UNUSABLE, retried=False)
         return None
 
 
@@ -189,6 +204,8 @@ _ADVICE_BY_STATUS = {
     403: "the key may not write into the bucket; look at its permissions and BUCKET_NAME",
     404: "there is no such bucket; look at BUCKET_NAME and BUCKET_ENDPOINT_URL",
 }
+_NO_ANSWER = "the bucket cannot be reached or does not answer; look at BUCKET_ENDPOINT_URL and the network"
+_UNUSABLE = "look at BUCKET_ENDPOINT_URL and BUCKET_NAME"
 
 
 def _refusal(response: dict[str, Any], filename: str) -> UploadFailed:
@@ -199,11 +216,6 @@ def _refusal(response: dict[str, Any], filename: str) -> UploadFailed:
     if retried:
         advice = "it failed on the bucket's side; send the job again later"
     return _failure(filename, f"HTTP {status} {code}".strip(), advice, retried=retried)
-
-
-def _no_answer(error: Exception, filename: str) -> UploadFailed:
-    advice = "the bucket cannot be reached or does not answer; look at BUCKET_ENDPOINT_URL and the network"
-    return _failure(filename, type(error).__name__, advice, retried=True)
 
 
 def _failure(filename: str, reason: str, advice: str, *, retried: bool) -> UploadFailed:

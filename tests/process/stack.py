@@ -270,7 +270,7 @@ def base64_of(content: bytes) -> str:
 
 def image_of(item: dict[str, Any]) -> Image.Image:
     """The picture in an item of a result, or behind its link."""
-    if item["type"] == "s3_url":
+    if item.get("type") == "s3_url":
         with urllib.request.urlopen(item["data"], timeout=DEADLINE_S) as answer:
             content = answer.read()
     else:

@@ -44,6 +44,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send_response(answer[0])
         self.send_header("Content-Length", str(len(answer[1])))
+        if not answer[1]:
+            self.send_header("ETag", '"etag"')
         self.end_headers()
         self.wfile.write(answer[1])
 
@@ -61,9 +63,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         running.shutdown()
 
 
-def connected(server: Server) -> Bucket:
-    url = f"http://127.0.0.1:{server.server_port}"
-    return Bucket(BucketSettings(endpoint_url=url, access_key_id="KEYID", secret_access_key="hidden", name="b"))
+def connected(server: Server, **other: str) -> Bucket:
+    settings = {"access_key_id": "KEYID", "secret_access_key": "hidden", "name": "b", **other}
+    return Bucket(BucketSettings(**{"endpoint_url": f"http://127.0.0.1:{server.server_port}", **settings}))  # type: ignore[arg-type]
 
 
 def upload(name: str = "a.png") -> Upload:
@@ -112,6 +114,29 @@ def test_what_a_bucket_refuses_is_said_in_our_own_words(
     assert f"HTTP {status}" in caught.value.message
     assert [word for word in ("KEYID", "hidden", "\n") if word in caught.value.message] == []
     assert caught.value.details["retried"] is (attempts > 1)
+
+
+def test_a_page_that_says_200_is_no_success(server: Server) -> None:
+    server.answers = [(200, b"<html>Welcome</html>")]
+    with pytest.raises(UploadFailed, match=r"not S3's.*BUCKET_ENDPOINT_URL"):
+        connected(server).upload("job-1", [upload()], JobControl(30))
+    assert len(server.received) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"name": "no such name"},
+        {"endpoint_url": "http://under_score:99999"},
+        {"endpoint_url": "http://a b"},
+        {"region": "no region"},
+    ],
+)
+def test_settings_that_cannot_be_used_are_told(server: Server, other: dict[str, str]) -> None:
+    with pytest.raises(UploadFailed, match="look at BUCKET_ENDPOINT_URL and") as caught:
+        connected(server, **other).upload("job-1", [upload()], JobControl(30))
+    assert server.received == []
+    assert [word for word in ("KEYID", "hidden", "\n") if word in caught.value.message] == []
 
 
 def test_a_deadline_ends_an_upload_that_is_still_sending(server: Server) -> None:
