@@ -152,7 +152,7 @@ class Bucket:
         return str(client.generate_presigned_url("get_object", Params=place, ExpiresIn=LINK_VALID_S))
 
     def _try(self, client: Any, place: dict[str, str], upload: Upload, stop: threading.Event) -> UploadFailed | None:
-        from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+        from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
         from botocore.parsers import ResponseParserError
 
         parameters = {**place, "ContentLength": upload.size_bytes, "ContentType": upload.media_type}
@@ -161,7 +161,7 @@ class Bucket:
                 answer = client.put_object(Body=_Body(stream, stop), **parameters)
         except ClientError as error:
             return _refusal(error.response, upload.filename)
-        except (HTTPClientError, OSError) as error:  # OSError: what urllib3 lets through, and `_Body`
+        except (ConnectionError, HTTPClientError, OSError) as error:  # OSError: of urllib3, and of `_Body`
             return _failure(upload.filename, type(error).__name__, _NO_ANSWER, retried=True)
         except (BotoCoreError, ResponseParserError, ValueError) as error:  # what cannot be sent, or understood
             return _failure(upload.filename, type(error).__name__, _UNUSABLE, retried=False)
