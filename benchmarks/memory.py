@@ -164,14 +164,14 @@ def measure(size_mb: float, input_mb: float = 0) -> dict[str, float]:
 
 
 def main() -> int:
-    """Returns 1 where the largest result takes more than LIMIT_SHARE of its size."""
+    """Returns 1 where the largest result, in the median, takes more than LIMIT_SHARE of its size."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description="Peak memory of the handler.")
     parser.add_argument("--runs", type=int, default=3, help="runs of each size (default: 3); the table has medians")
     parser.add_argument("--sizes-mb", type=float, nargs="+", default=list(SIZES_MB), help="default: 1 5 19.5")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every run goes there")
     options = parser.parse_args()
     largest_mb = max(options.sizes_mb)
-    runs = []
+    runs, worst = [], 0.0
     print(
         "input MB | Base64 MB | empty: idle, peak MB | handler: idle, peak MB | more MB | of Base64 (lowest, highest)"
     )
@@ -180,6 +180,8 @@ def main() -> int:
         runs += of_case
         median = {key: statistics.median(run[key] for run in of_case) for key in of_case[0]}
         shares = [run["share"] for run in of_case]
+        if size_mb == largest_mb:
+            worst = max(worst, median["share"])
         print(
             f"{input_mb:8.1f} | {median['base64_mb']:9.1f} | "
             f"{median['empty_idle_mb']:11.1f}, {median['empty_peak_mb']:7.1f} | "
@@ -189,8 +191,7 @@ def main() -> int:
         )
     if options.json:
         options.json.write_text(json.dumps(runs, indent=1) + "\n")
-    worst = max(run["share"] for run in runs if run["base64_mb"] > 0.9 * largest_mb)
-    print(f"the largest: at most {worst:.2f} of its Base64 more than the empty handler; the limit is {LIMIT_SHARE}")
+    print(f"the largest: {worst:.2f} of its Base64 more than the empty handler; the limit is {LIMIT_SHARE}")
     return 0 if worst <= LIMIT_SHARE else 1
 
 
