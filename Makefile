@@ -1,10 +1,10 @@
-# make demo | up | test | faults | soak | thorough | lint | mutants | lock | clean
+# make demo | up | test | faults | soak | thorough | bench | lint | mutants | lock | clean
 PYTHON ?= python3
 PY = .venv/bin/python
 PARALLEL = -n 6 --dist loadgroup
 CLIENT = $(PY) client.py --url {url} --workflow workflows/one_image.json --img workflows/photos/coffee.jpg
 
-.PHONY: demo up test faults soak thorough lint mutants lock clean
+.PHONY: demo up test faults soak thorough bench lint mutants lock clean
 
 demo: .venv/.installed ## one photograph through the whole stack; the picture lands in output/
 	@$(PY) -m local -- $(CLIENT)
@@ -26,6 +26,9 @@ soak: .venv/.installed-dev ## 500 jobs under random faults, two workers: a table
 thorough: .venv/.installed-dev ## 10,000 random inputs for the parser, 500 for the whole handler, with what became of them; random cuts
 	@PARSER_EXAMPLES=10000 HANDLER_EXAMPLES=500 $(PY) -m pytest -s --hypothesis-show-statistics --timeout 900 \
 		tests/unit/test_payload.py tests/unit/test_truncation.py tests/process/test_any_input.py
+
+bench: .venv/.installed-dev ## the figures, a table each
+	@$(PY) -m benchmarks.memory
 
 lint: .venv/.installed-dev
 	@.venv/bin/ruff check .

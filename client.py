@@ -713,7 +713,8 @@ def _download(url: str) -> Iterator[bytes]:
     try:
         with requests.get(url, stream=True, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S)) as response:
             if response.status_code != 200:
-                raise PlatformError(f"its download gave HTTP {response.status_code}")
+                hint = "; the link is not valid, or not any more" if response.status_code == 403 else ""
+                raise PlatformError(f"its download gave HTTP {response.status_code}{hint}")
             for chunk in response.iter_content(1 << 20):
                 if time.monotonic() > deadline:
                     raise PlatformError(f"its download took more than {DOWNLOAD_LIMIT_S} s")

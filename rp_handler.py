@@ -23,10 +23,12 @@ from runpod.http_client import AsyncClientSession
 from runpod.serverless.modules.rp_http import send_result
 from runpod.serverless.modules.worker_state import JobsProgress
 
+from worker.bucket import Bucket
 from worker.comfyui import ComfyUI
 from worker.comfyui_server import ComfyUIServer
 from worker.config import Config, ConfigError
 from worker.control import JobControl
+from worker.delivery import Delivery, result_limit_bytes
 from worker.errors import (
     ComfyUICrashed,
     ComfyUIUnavailable,
@@ -39,13 +41,13 @@ from worker.errors import (
 from worker.fetch import FetchLimits, fetch_inputs
 from worker.follow import Progress, RunOutcome
 from worker.models.manifest import read_manifest, sentence_about
-from worker.outputs import Output, collect_outputs, result_limit_bytes, unnamed_files
-from worker.payload import JobRequest, OutputFormat, json_safe, parse_job_input
+from worker.outputs import chosen_outputs, unnamed_files
+from worker.payload import JobRequest, json_safe, parse_job_input
 from worker.process import ComfyUIProcess, ProcessState
 from worker.ramdisk import RamDisk
 from worker.reencode import reencoded
 from worker.run import run_workflow
-from worker.steps import StepTimer
+from worker.steps import WIDEST_TIMINGS_MS, StepTimer
 from worker.workflow_checks import check_before_run
 
 log = logging.getLogger("handler")
@@ -69,6 +71,7 @@ class Worker:
         self.process = ComfyUIProcess(config.ramdisk_dir / "run")
         self.server = ComfyUIServer(config.comfyui_port, self.process)
         self.comfyui = ComfyUI(self.server, self._model_note)
+        self.bucket = None if config.bucket is None else Bucket(config.bucket)
         self._kept: ProcessState | None = None  # ComfyUI as a job with `debug` left it, where it is to be restarted
 
     def run_job(
@@ -78,6 +81,8 @@ class Worker:
         steps = StepTimer()
         with steps("parse"):
             request = parse_job_input(job_input, allow_urls=self.config.allow_url_inputs)
+            if isinstance(job_input, dict):
+                job_input.clear()  # its Base64 texts: the SDK holds on to it until the result is posted
             control.shorten(request.timeout_s or control.timeout_s)
         with self.server.serving(control.check):
             with steps("clear"):
@@ -99,11 +104,8 @@ class Worker:
                         api_key=request.comfy_org_api_key,
                     )
                 with steps("collect"):
-                    limit_bytes = result_limit_bytes(job_id, self.config.result_limit_bytes)
-                    result = self._collect(outcome, request.output_format, control, limit_bytes)
-                    result["warnings"] = [*warnings, *result["warnings"]]
-                    if request.debug:
-                        result["debug"] = self._diagnostics()
+                    warnings += outcome.warnings
+                    result = self._collect(job_id, request, outcome, warnings, control)
                 self.process.note_success(state)
         result["timings_ms"] = steps.timings_ms
         return result
@@ -123,17 +125,19 @@ class Worker:
         return state
 
     def _collect(
-        self, outcome: RunOutcome, output_format: OutputFormat | None, control: JobControl, limit_bytes: int
+        self, job_id: str, request: JobRequest, outcome: RunOutcome, warnings: list[str], control: JobControl
     ) -> dict[str, Any]:
-        def reencode(outputs: list[Output]) -> list[Output]:
-            if output_format is None:
-                return outputs
-            return reencoded(outputs, self.ramdisk, output_format, check=control.check, warn=outcome.warnings.append)
-
-        result: dict[str, Any] = {"status": "success"}
-        result |= collect_outputs(outcome, self.ramdisk, limit_bytes, reencode)
-        result["warnings"] = [*outcome.warnings, *unnamed_files(outcome, self.ramdisk)]
-        return result
+        outputs, texts = chosen_outputs(outcome, self.ramdisk)
+        if wanted := request.output_format:
+            outputs = reencoded(outputs, self.ramdisk, wanted, check=control.check, warn=warnings.append)
+        rest: dict[str, Any] = {
+            "warnings": [*warnings, *unnamed_files(outcome, self.ramdisk)],
+            "timings_ms": WIDEST_TIMINGS_MS,
+        }
+        if request.debug:
+            rest["debug"] = self._diagnostics()
+        limit_bytes = result_limit_bytes(job_id, self.config.result_limit_bytes)
+        return Delivery(job_id, limit_bytes, self.ramdisk, self.bucket, control).deliver(outputs, texts, rest)
 
     def _model_note(self, name: str) -> str | None:
         run_dir = self.config.ramdisk_dir / "run"

@@ -223,7 +223,9 @@ watch_boot() {
 # usage: start_handler   only as a serverless worker
 start_handler() {
     [[ $MODE == serverless ]] || return 0
-    (cd -- "$WORKER_DIR" && exec setsid "$WORKER_PYTHON" rp_handler.py) &
+    # What malloc takes for pictures and results goes back to the kernel at once: left to itself, glibc raises this
+    # threshold with each large block that is freed, and keeps the later ones.
+    (cd -- "$WORKER_DIR" && MALLOC_MMAP_THRESHOLD_=1048576 exec setsid "$WORKER_PYTHON" rp_handler.py) &
     handler_pid=$!
 }
 

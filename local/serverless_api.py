@@ -72,6 +72,7 @@ def _route(app: web.Application, root: str, endpoint: Endpoint, api_key: str) ->
         faulty = endpoint.for_clients(handler, path.partition("/")[0])
         app.router.add_route(method, f"{root}/{path}", _guarded(faulty, f"Bearer {api_key}"))
     app.router.add_route("GET", f"{root}/_posted/{{id}}", _guarded(endpoint.posted, f"Bearer {api_key}"))
+    app.router.add_route("GET", f"{root}/_posted_bytes/{{id}}", _guarded(endpoint.posted_bytes, f"Bearer {api_key}"))
     for method, path, handler in (
         ("GET", "job-take/{pod}", endpoint.job_take),
         ("GET", "job-take-batch/{pod}", endpoint.job_take_batch),

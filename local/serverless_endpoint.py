@@ -89,6 +89,10 @@ class Endpoint:
         """Only here, not on RunPod: every post of a worker for one job, word for word, for tests."""
         return web.json_response([raw.decode(errors="replace") for raw in self._job(request).posted])
 
+    async def posted_bytes(self, request: web.Request) -> web.Response:
+        """Likewise only here: how long each of these posts was, of which `posted` may have only the beginning."""
+        return web.json_response(self._job(request).posted_bytes)
+
     # --- The calls of workers ---
 
     async def job_take(self, request: web.Request) -> web.Response:
@@ -190,6 +194,7 @@ class Endpoint:
     async def _read_post(self, request: web.Request, job: Job, limit_bytes: int) -> dict[str, Any]:
         raw = await read_body(request, limit_bytes)
         job.posted.append(raw[:POSTED_LIMIT_BYTES])
+        job.posted_bytes.append(len(raw))
         return read_object(raw)
 
     def _progress(self, job: Job, pod_id: str, output: Any) -> None:

@@ -56,7 +56,7 @@ class Job:
     """One job. Times are seconds of the platform's clock; `answer` is what its worker said: `output`, `error`, both.
 
     `chunks` are those of a generator handler that no client has read; `posted` is every result, progress update and
-    chunk that arrived for the job, as it arrived.
+    chunk that arrived for the job, as it arrived, and `posted_bytes` their whole lengths.
     """
 
     id: str
@@ -72,6 +72,7 @@ class Job:
     answer: dict[str, Any] = field(default_factory=dict)
     chunks: list[Any] = field(default_factory=list)
     posted: list[bytes] = field(default_factory=list)
+    posted_bytes: list[int] = field(default_factory=list)
 
     @property
     def is_final(self) -> bool:

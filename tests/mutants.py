@@ -38,6 +38,7 @@ OUTPUTS = "tests/process/test_faults_outputs.py"
 RAMDISK = "tests/process/test_faults_ramdisk.py"
 PRIVACY = "tests/process/test_privacy.py"
 PAYLOAD = "tests/process/test_faults_payload.py"
+RESULTS = "tests/process/test_faults_results.py"
 
 MUTANTS = [
     Mutant("nonce", "worker/run.py", ", NONCE_INPUT: nonce}", "}", f"{MAIN} -k word_for_word"),
@@ -90,7 +91,6 @@ MUTANTS = [
     Mutant("a dead sshd is a warning", "start.sh", "sshd_pid=''\n            log WARNING", "die 1", f"{PLATFORM} -k sshd"),
     Mutant("progress", "rp_handler.py", "self._newest = progress", "pass", f"{MAIN} -k progress"),
     Mutant("progress: not too often", "rp_handler.py", "PROGRESS_INTERVAL_S = 1.0", "PROGRESS_INTERVAL_S = 0.05", f"{PLATFORM} -k burst"),
-    Mutant("size limit", "worker/outputs.py", "_check_size(lists, limit_bytes)", "pass", "tests/unit/test_outputs.py"),
     Mutant("loaders: before ComfyUI is asked", "rp_handler.py", "*check_before_run(request.workflow, names, self.comfyui)", "", f"{PAYLOAD} -k not_sent"),
     Mutant("loaders: outside", "worker/workflow_checks.py", "if _leaves(file.path)]", "if False]", f"{PAYLOAD} -k nothing_needs"),
     Mutant("loaders: those that nothing needs", "worker/workflow_checks.py", "for file in missing if file.node_id in needed]", "for file in missing]", f"{PAYLOAD} -k nothing_needs"),
@@ -103,6 +103,16 @@ MUTANTS = [
     Mutant("classes", "worker/payload.py", "> MAX_CLASSES:", "> 10**9:", "tests/unit/test_payload.py -k one_sentence"),
     Mutant("bombs", "worker/media.py", "    except Image.DecompressionBombError:", "    except ZeroDivisionError:", f"{PAYLOAD} -k bomb"),
     Mutant("a flipped byte", "worker/media.py", "if zlib.crc32(view[position + 4 : body_end]) !=", "if zlib.crc32(b'') ==", f"{PAYLOAD} -k flipped"),
+    Mutant("size limit", "worker/delivery.py", "elif body_bytes > self.limit_bytes:", "elif False:", "tests/unit/test_delivery.py"),
+    Mutant("size limit: all that is posted", "rp_handler.py", '"timings_ms": WIDEST_TIMINGS_MS,', "", f"{RESULTS} -k just_under"),
+    Mutant("size limit: texts beside links", "worker/delivery.py", "self._check_without_files(result)  # before", "pass  # before", f"{RESULTS} -k texts_too"),
+    Mutant("memory: inputs are let go of", "rp_handler.py", "job_input.clear()", "pass", "tests/process/test_memory.py"),
+    Mutant("memory: what is freed goes back", "start.sh", "MALLOC_MMAP_THRESHOLD_=1048576 exec", "exec", "tests/process/test_memory.py"),
+    Mutant("bucket: several at a time", "worker/bucket.py", "PARALLEL_UPLOADS = 4", "PARALLEL_UPLOADS = 1", f"{RESULTS} -k several_files"),
+    Mutant("bucket: sent again", "worker/bucket.py", 'if wait_s is None or not failure.details["retried"]:', "if True:", f"{RESULTS} -k fails_twice"),
+    Mutant("bucket: refusals are final", "worker/bucket.py", 'not failure.details["retried"]:', "False:", f"{RESULTS} -k does_not_exist"),
+    Mutant("bucket: deadline and cancellation", "worker/bucket.py", "                control.check()\n", "", f"{RESULTS} -k up_the_deadline"),
+    Mutant("bucket: keys stay out of the log", "rp_handler.py", "level=logging.WARNING, format=form", "level=level, format=form", f"{RESULTS} -k several_files"),
     Mutant("input check", "worker/payload.py", "check_image(image.name, image.data)", "pass", f"{MAIN} -k cannot_run"),
     Mutant("URLs: off unless set", "worker/payload.py", "if not allow_urls:", "if False:", f"{URLS} -k unless_the_worker"),
     Mutant("URLs: IPv6 forms of private addresses", "worker/https_url.py", "parsed not in _GLOBAL_UNICAST", "False", HTTPS_URL),

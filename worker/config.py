@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from worker.bucket import BucketSettings
 
 
 class ConfigError(Exception):
@@ -26,6 +29,7 @@ class Config:
     url_input_timeout_s: float
     restart_comfyui_each_job: bool
     log_level: str
+    bucket: BucketSettings | None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
@@ -56,7 +60,41 @@ class Config:
             url_input_timeout_s=_required(environ, "URL_INPUT_TIMEOUT_S", 60, least=0.1, most=86_400),
             restart_comfyui_each_job=restart == "each-job",
             log_level=level,
+            bucket=_bucket(environ),
         )
+
+
+def _bucket(environ: Mapping[str, str]) -> BucketSettings | None:
+    """All four, or none of them. Messages hold no value: a URL can hold a key."""
+    four = {
+        "BUCKET_ENDPOINT_URL": _text(environ, "BUCKET_ENDPOINT_URL"),
+        "BUCKET_ACCESS_KEY_ID": _text(environ, "BUCKET_ACCESS_KEY_ID"),
+        "BUCKET_SECRET_ACCESS_KEY": _text(environ, "BUCKET_SECRET_ACCESS_KEY"),
+        "BUCKET_NAME": _text(environ, "BUCKET_NAME"),
+    }
+    always = _text(environ, "BUCKET_ALWAYS")
+    if always not in ("", "0", "1"):
+        raise ConfigError("BUCKET_ALWAYS is neither 0 nor 1.")
+    missing = [name for name, value in four.items() if not value]
+    if len(missing) == len(four) and always != "1":
+        return None
+    if missing:
+        raise ConfigError(f"A bucket needs {', '.join(four)}; set {', '.join(missing)} too, or none of them.")
+    url = urlsplit(four["BUCKET_ENDPOINT_URL"])
+    if url.scheme not in ("http", "https") or not url.hostname or url.username is not None:
+        raise ConfigError("BUCKET_ENDPOINT_URL must be of the form https://host, without a key in it.")
+    return BucketSettings(
+        endpoint_url=four["BUCKET_ENDPOINT_URL"],
+        access_key_id=four["BUCKET_ACCESS_KEY_ID"],
+        secret_access_key=four["BUCKET_SECRET_ACCESS_KEY"],
+        name=four["BUCKET_NAME"],
+        region=_text(environ, "BUCKET_REGION") or None,
+        always=always == "1",
+    )
+
+
+def _text(environ: Mapping[str, str], name: str) -> str:
+    return environ.get(name, "").strip()
 
 
 def _required(environ: Mapping[str, str], name: str, default: float, *, least: float, most: float) -> float:

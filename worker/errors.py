@@ -21,7 +21,8 @@ WorkerError
 │   ├── OutputMissing         OUTPUT_MISSING        the history names a file that is not there
 │   ├── OutputDamaged         OUTPUT_DAMAGED        ComfyUI wrote a file that is empty or cut short
 │   ├── NoOutput              NO_OUTPUT             the run succeeded and gave nothing
-│   └── ResultTooLarge        RESULT_TOO_LARGE      the answer would not pass RunPod's size limit
+│   ├── ResultTooLarge        RESULT_TOO_LARGE      the answer would not pass RunPod's size limit
+│   └── UploadFailed          UPLOAD_FAILED         the bucket did not take a file of the result
 └── WorkerFault
     ├── RamDiskError          RAM_DISK_ERROR        the RAM disk is not usable; the worker is replaced
     ├── RamDiskFull           RAM_DISK_FULL         no room for the inputs, or for what a node saved
@@ -127,6 +128,10 @@ class NoOutput(OutputFailed):
 
 class ResultTooLarge(OutputFailed):
     code = "RESULT_TOO_LARGE"
+
+
+class UploadFailed(OutputFailed):
+    code = "UPLOAD_FAILED"
 
 
 class WorkerFault(WorkerError):

@@ -1,36 +1,31 @@
-"""From the files that ComfyUI's history names to the items of a result, within RunPod's size limit."""
+"""Which of the files that ComfyUI's history names are returned, and what their items say.
+
+`worker/delivery.py` makes the posted result of them.
+"""
 
 from __future__ import annotations
 
-import base64
+import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
-from worker.errors import NoOutput, OutputDamaged, ResultTooLarge
+from worker.errors import NoOutput, OutputDamaged
 from worker.follow import RunOutcome
 from worker.media import is_cut_short
 from worker.media_types import HEAD_BYTES, category_of, media_type_of
 from worker.ramdisk import RamDisk
 
-# The limits count the posted JSON body; RunPod documents 10 MB, and 20 MB for jobs of /runsync, whose ids show it.
-ASYNC_LIMIT_BYTES = 10_000_000
-SYNC_LIMIT_BYTES = 20_000_000
-MARGIN = 0.98
 MAX_NAMED_FILES = 10
 MAX_PATH_BYTES = 1024
 MODEL_SUFFIXES = (".fbx", ".glb", ".gltf", ".ksplat", ".obj", ".ply", ".splat", ".spz", ".stl", ".usdz")  # Load3D's
 # Nodes that show texts: PreviewAny and ShowText, taggers, and the many that follow AlekPet's PreviewTextNode.
 _TEXT_KEYS = ("text", "tags", "string")
 
-
-def result_limit_bytes(job_id: str, override: int | None) -> int:
-    """How large the posted body may be for this job."""
-    if override is not None:
-        return override
-    return int(MARGIN * (SYNC_LIMIT_BYTES if job_id.startswith("sync-") else ASYNC_LIMIT_BYTES))
+Text = dict[str, Any]  # {"node_id", "text"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +48,12 @@ class Output:
     def size_bytes(self, ramdisk: RamDisk) -> int:
         return ramdisk.size_of(self.kind, self.subfolder, self.filename) if self.data is None else len(self.data)
 
+    def open(self, ramdisk: RamDisk) -> AbstractContextManager[BinaryIO]:
+        """A stream of its bytes. Raises OutputMissing when it is entered."""
+        return ramdisk.open(self.kind, self.subfolder, self.filename) if self.data is None else io.BytesIO(self.data)
+
     def read(self, ramdisk: RamDisk) -> bytes:
-        """Raises OutputMissing or OutputDamaged."""
+        """The whole of it. Raises OutputMissing or OutputDamaged."""
         data = ramdisk.read(self.kind, self.subfolder, self.filename) if self.data is None else self.data
         if is_cut_short(data) and (data or self.category != "files"):  # an empty caption is no damage
             raise OutputDamaged(
@@ -92,35 +91,13 @@ class Output:
         }
 
 
-def collect_outputs(
-    outcome: RunOutcome,
-    ramdisk: RamDisk,
-    limit_bytes: int,
-    reencode: Callable[[list[Output]], list[Output]] = list,
-) -> dict[str, list[dict[str, Any]]]:
-    """``{"images": [item...]}`` and, where there are any, ``videos``, ``audio``, ``files``, ``texts``.
-
-    Previews (type temp) are returned only where nothing was saved. ``reencode`` may replace outputs by others. Raises
-    NoOutput, OutputMissing, OutputDamaged or ResultTooLarge, the last before any file is read as a whole.
-    """
-    texts = _texts(outcome.outputs)
-    found = returned_files(outcome, ramdisk)
+def chosen_outputs(outcome: RunOutcome, ramdisk: RamDisk) -> tuple[list[Output], list[Text]]:
+    """The files and the texts that are returned. Raises NoOutput where there is neither, and OutputMissing."""
+    found, texts = returned_files(outcome, ramdisk), _texts(outcome.outputs)
     if not found and not texts:
         told = "The workflow ran and gave nothing; does it end in a SaveImage node or another output node?"
         raise NoOutput(" ".join([told, *outcome.warnings, *unnamed_files(outcome, ramdisk)]))
-    found = reencode([output.seen(ramdisk) for output in found])
-    lists: dict[str, list[dict[str, Any]]] = {"images": []}
-    pairs = []
-    for output in found:
-        item = output.item(output.size_bytes(ramdisk))
-        lists.setdefault(output.category, []).append(item)
-        pairs.append((output, item))
-    if texts:
-        lists["texts"] = texts
-    _check_size(lists, limit_bytes)
-    for output, item in pairs:
-        item["data"] = base64.b64encode(output.read(ramdisk)).decode("ascii")
-    return lists
+    return [output.seen(ramdisk) for output in found], texts
 
 
 def unnamed_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[str]:
@@ -236,20 +213,3 @@ def _leaves(value: Any) -> Iterator[Any]:
             pending += reversed(value)
         else:
             yield value
-
-
-def _check_size(lists: dict[str, list[dict[str, Any]]], limit_bytes: int) -> None:
-    items = [item for name, entries in lists.items() if name != "texts" for item in entries]
-    encoded_bytes = sum(4 * ((item["size_bytes"] + 2) // 3) for item in items)
-    # The SDK posts json.dumps({"output": result}, ensure_ascii=False); Base64 needs no escapes.
-    body_bytes = encoded_bytes + len(json.dumps({"output": lists}, ensure_ascii=False).encode(errors="replace"))
-    if body_bytes <= limit_bytes:
-        return
-    files = {item["filename"]: item["size_bytes"] for item in items}
-    raise ResultTooLarge(
-        f"The result takes {body_bytes / 1e6:.1f} MB and RunPod takes {limit_bytes / 1e6:.1f} MB; "
-        "save fewer or smaller pictures, or a format such as WebP.",
-        body_bytes=body_bytes,
-        limit_bytes=limit_bytes,
-        files=files,
-    )

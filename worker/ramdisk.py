@@ -99,10 +99,15 @@ class RamDisk:
             return False
         return True
 
-    def read(self, kind: str, subfolder: str, filename: str, most_bytes: int = -1) -> bytes:
-        """The whole file, or its first ``most_bytes``. Raises OutputMissing if it is not there, no regular file, or
-        outside."""
+    @contextlib.contextmanager
+    def open(self, kind: str, subfolder: str, filename: str) -> Iterator[BinaryIO]:
+        """A stream of the file. Raises OutputMissing if it is not there, not a regular file, or outside."""
         with self._open_file(kind, subfolder, filename) as file_fd, os.fdopen(file_fd, "rb", closefd=False) as stream:
+            yield stream
+
+    def read(self, kind: str, subfolder: str, filename: str, most_bytes: int = -1) -> bytes:
+        """The whole file, or its first ``most_bytes``. Raises OutputMissing as `open` does."""
+        with self.open(kind, subfolder, filename) as stream:
             return stream.read(most_bytes)
 
     def wipe(self, directories: tuple[str, ...] = JOB_DIRECTORIES) -> None:

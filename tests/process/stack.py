@@ -107,6 +107,10 @@ class Api:
                 bodies.append({})
         return bodies
 
+    def posted_bytes(self, job_id: str) -> list[int]:
+        """The lengths of these bodies."""
+        return list(self.call("GET", f"_posted_bytes/{job_id}"))
+
     def platform_fault(self, kind: str, **more: Any) -> None:
         self.call("POST", "/_fault", {"kind": kind, **more})
 
@@ -287,8 +291,13 @@ def base64_of(content: bytes) -> str:
 
 
 def image_of(item: dict[str, Any]) -> Image.Image:
-    """The picture in an item of a result."""
-    return Image.open(io.BytesIO(base64.b64decode(item["data"]))).convert("RGB")
+    """The picture in an item of a result, or behind its link."""
+    if item.get("type") == "s3_url":
+        with urllib.request.urlopen(item["data"], timeout=DEADLINE_S) as answer:
+            content = answer.read()
+    else:
+        content = base64.b64decode(item["data"])
+    return Image.open(io.BytesIO(content)).convert("RGB")
 
 
 def largest_difference(left: Image.Image, right: Image.Image) -> int:

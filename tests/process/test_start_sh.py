@@ -159,13 +159,15 @@ def test_a_pod_runs_comfyui_without_a_handler_until_sigterm(settings: dict[str, 
 
 
 def test_comfyui_sees_no_secret_of_the_worker(tmp_path: Path) -> None:
-    secrets = {"HF_TOKEN": "hf_secret", "BUCKET_SECRET_ACCESS_KEY": "s3-secret", "RUNPOD_TEST": "rp-secret"}
-    with boot(tmp_path / "log", **secrets) as driver:
+    secrets = {"HF_TOKEN": "hf_secret", "AWS_SECRET_ACCESS_KEY": "aws-secret", "RUNPOD_TEST": "rp-secret"}
+    bucket = {"BUCKET_ENDPOINT_URL": "http://127.0.0.1:1", "BUCKET_ACCESS_KEY_ID": "s3-key"}
+    bucket |= {"BUCKET_SECRET_ACCESS_KEY": "s3-secret", "BUCKET_NAME": "results", "BUCKET_REGION": "s3-region"}
+    with boot(tmp_path / "log", **secrets, **bucket) as driver:
         environ = Path(f"/proc/{driver.comfyui_pid()}/environ").read_bytes().decode()
         handler = Path(f"/proc/{driver.pid_of('rp_handler.py')}/environ").read_bytes().decode()
     assert "hf_secret" in handler
     names = [line.partition("=")[0] for line in environ.split("\0")]
-    assert [name for name in names if name.startswith(("RUNPOD_", "BUCKET_", "HF_TOKEN", "PUBLIC_KEY"))] == []
+    assert [name for name in names if name.startswith(("RUNPOD_", "BUCKET_", "AWS_", "HF_TOKEN", "PUBLIC_KEY"))] == []
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

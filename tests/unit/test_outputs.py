@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.unit.test_media import encoded
-from worker.errors import NoOutput, OutputDamaged, OutputMissing, ResultTooLarge
+from worker.control import JobControl
+from worker.delivery import Delivery
+from worker.errors import NoOutput, OutputDamaged, OutputMissing
 from worker.follow import RunOutcome
-from worker.outputs import (
-    collect_outputs,
-    lost_models,
-    named_files,
-    result_limit_bytes,
-    returned_files,
-    unnamed_files,
-)
+from worker.outputs import chosen_outputs, lost_models, named_files, returned_files, unnamed_files
 from worker.ramdisk import RamDisk
 
 NO_LIMIT = 10**9
@@ -42,8 +36,12 @@ def put(ramdisk: RamDisk, name: str, content: bytes = b"content", kind: str = "o
     return {"filename": path.name, "subfolder": str(path.parent).replace(".", ""), "type": kind}
 
 
-def collect(ramdisk: RamDisk, outputs: dict[str, Any], limit_bytes: int = NO_LIMIT, **more: Any) -> dict[str, Any]:
-    return collect_outputs(RunOutcome("prompt", outputs, **more), ramdisk, limit_bytes)
+def collect(ramdisk: RamDisk, outputs: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The lists of the result."""
+    found, texts = chosen_outputs(RunOutcome("prompt", outputs, **more), ramdisk)
+    result = Delivery("job", NO_LIMIT, ramdisk, None, JobControl(60)).deliver(found, texts, {})
+    assert result.pop("status") == "success"
+    return result
 
 
 @pytest.mark.parametrize(
@@ -286,28 +284,3 @@ def test_what_was_saved_without_a_name_is_told_where_nothing_else_was(ramdisk: R
     put(ramdisk, "unnamed.png")
     with pytest.raises(NoOutput, match=r"gave nothing.*'output/unnamed.png'"):
         collect(ramdisk, {})
-
-
-def test_the_size_limit_counts_the_posted_body_to_the_byte(ramdisk: RamDisk) -> None:
-    outputs = {
-        "1": {"images": [put(ramdisk, "ä.png", b"x" * 1000), put(ramdisk, "b.png", b"y" * 1001)]},
-        "2": {"text": ["ein Text mit Ümlaut"]},
-    }
-    lists = collect(ramdisk, outputs)
-    # What the SDK posts at the least; rp_handler.py adds status, warnings and timings, for which the margin is.
-    body_bytes = len(json.dumps({"output": lists}, ensure_ascii=False).encode())
-    assert collect(ramdisk, outputs, body_bytes) == lists
-    with pytest.raises(ResultTooLarge) as caught:
-        collect(ramdisk, outputs, body_bytes - 1)
-    assert caught.value.details == {
-        "body_bytes": body_bytes,
-        "limit_bytes": body_bytes - 1,
-        "files": {"ä.png": 1000, "b.png": 1001},
-    }
-
-
-def test_the_limit_is_that_of_the_job_with_a_margin() -> None:
-    assert result_limit_bytes("abc-u1", None) == 9_800_000
-    assert result_limit_bytes("sync-abc-u1", None) == 19_600_000
-    assert result_limit_bytes("abc-sync-u1", None) == 9_800_000
-    assert result_limit_bytes("sync-abc-u1", 5) == 5
