@@ -30,7 +30,8 @@ class InProcess:
 
     def run(self, job_input: Any) -> dict[str, Any]:
         """The answer in the form of RunPod's status body."""
-        result = asyncio.run(self._endpoint.handle({"id": str(uuid.uuid4()), "input": job_input}))
+        own = dict(job_input) if isinstance(job_input, dict) else job_input  # the handler empties it
+        result = asyncio.run(self._endpoint.handle({"id": str(uuid.uuid4()), "input": own}))
         if error := result.pop("error", None):
             return {"status": "FAILED", "error": error, "output": result}
         return {"status": "COMPLETED", "output": result}
