@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+AT_ONCE = 4  # copies of the tree; the tests mostly wait
 TESTS_FAILED = 1  # pytest's exit code; 2 to 5 mean that the tests could not run at all
 
 
@@ -166,21 +168,30 @@ def is_killed(mutant: Mutant, copy: Path) -> bool:
     return finished.returncode == TESTS_FAILED
 
 
-def main() -> int:
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = [mutant for mutant in MUTANTS if wanted in mutant.name]
-    survivors = 0
+def survivors_of(tests: str, mutants: list[Mutant]) -> int:
+    """How many of the mutants that these tests have to kill they do not. Prints a line for each."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "tree"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "output", "__pycache__", ".*_cache"))
-        for tests in sorted({mutant.tests for mutant in chosen}):  # else any broken test would count as a kill
-            control = run_tests(tests, copy)
-            if control.returncode:
-                raise ValueError(f"{tests} fails without any mutant:\n{control.stdout}")
-        for mutant in chosen:
+        control = run_tests(tests, copy)  # else any broken test would count as a kill
+        if control.returncode:
+            raise ValueError(f"{tests} fails without any mutant:\n{control.stdout}")
+        survivors = 0
+        for mutant in mutants:
             killed = is_killed(mutant, copy)
             survivors += not killed
             print(f"{'red' if killed else 'SURVIVED':9} {mutant.name} ({mutant.file})", flush=True)
+    return survivors
+
+
+def main() -> int:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = [mutant for mutant in MUTANTS if wanted in mutant.name]
+    by_tests: dict[str, list[Mutant]] = {}
+    for mutant in chosen:
+        by_tests.setdefault(mutant.tests, []).append(mutant)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        survivors = sum(pool.map(survivors_of, by_tests.keys(), by_tests.values()))
     print(f"{len(chosen) - survivors} of {len(chosen)} mutants turned tests red")
     return 1 if survivors else 0
 
