@@ -185,7 +185,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(outputs=st.dictionaries(st.text(), st.dictionaries(st.text() | st.sampled_from(["text", "images"]), JSON)))
 def test_whatever_a_node_puts_into_the_history_gives_a_result_or_a_failure(outputs: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
