@@ -77,7 +77,10 @@ class Worker:
     def run_job(
         self, job_id: str, job_input: object, control: JobControl, on_progress: Callable[[Progress], None]
     ) -> dict[str, Any]:
-        """The seven steps. Returns the result; raises WorkerError. Blocks, so it runs in a thread of its own."""
+        """The seven steps. Returns the result; raises WorkerError. Blocks, so it runs in a thread of its own.
+
+        ``job_input`` is emptied once it has been understood.
+        """
         steps = StepTimer()
         with steps("parse"):
             request = parse_job_input(job_input, allow_urls=self.config.allow_url_inputs)
@@ -159,7 +162,8 @@ class Worker:
             if not request.debug:
                 with steps("wipe"):
                     self._wipe()
-            if self.config.restart_comfyui_each_job and self.server.state is not None:
+            ran = "run" in steps.timings_ms  # what failed before has not been seen by ComfyUI
+            if ran and self.config.restart_comfyui_each_job and self.server.state is not None:
                 if request.debug:
                     self._kept = self.server.state
                 else:

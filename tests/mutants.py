@@ -142,6 +142,8 @@ MUTANTS = [
     Mutant("logs: results", "start.sh", "        RUNPOD_LOG_LEVEL=INFO\n", "", f"{PRIVACY} -k mixed"),
     Mutant("no core file", "start.sh", "ulimit -c 0", "true", f"{PRIVACY} -k core"),
     Mutant("restart after each job", "rp_handler.py", "self.process.retire(self.server.state)", "pass", f"{PRIVACY} -k restarted_after"),
+    Mutant("restart after each job that ran", "rp_handler.py", "if ran and self", "if self", f"{PRIVACY} -k does_not_reach"),
+    Mutant("output: beside a picture of the same name by websocket", "worker/outputs.py", 'kind="websocket", data=data', "data=data", "tests/unit/test_outputs.py -k same_name"),
     Mutant("restart after each job is no death", "start.sh", "if said_of_this_start retired; then", "if false; then", f"{PRIVACY} -k restarted_after"),
     Mutant("restart after a job with debug", "rp_handler.py", "if state == self._kept:", "if False:", f"{PRIVACY} -k puts_the_restart_off"),
     Mutant("loopback only", "start.sh", "--listen 127.0.0.1", "--listen 0.0.0.0", f"{PRIVACY} -k namespace"),

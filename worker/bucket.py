@@ -145,6 +145,7 @@ class Bucket:
         while (failure := self._try(client, place, upload, stop)) is not None:
             wait_s = next(waits_s, None)
             if wait_s is None or not failure.details["retried"]:
+                log.error("upload failed (%s) for good", failure.details["reason"])
                 raise failure
             log.warning("upload failed (%s); trying again in %g s", failure.details["reason"], wait_s)
             if stop.wait(wait_s):

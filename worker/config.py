@@ -38,12 +38,10 @@ class Config:
         Raises ConfigError.
         """
         limit_mb = _number(environ, "RESULT_LIMIT_MB", None, least=0.01, most=1000)
-        if (allow_urls := environ.get("ALLOW_URL_INPUTS") or "0") not in ("0", "1"):
-            raise ConfigError(f"ALLOW_URL_INPUTS is {allow_urls!r}; use 0 or 1.")
         level = (environ.get("LOG_LEVEL") or "INFO").upper()
         if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise ConfigError(f"LOG_LEVEL is {level!r}; use DEBUG, INFO, WARNING or ERROR.")
-        restart = environ.get("RESTART_COMFYUI") or ""
+        restart = _text(environ, "RESTART_COMFYUI")
         if restart not in ("", "each-job"):
             raise ConfigError(f"RESTART_COMFYUI is {restart!r}; set it to each-job, or not at all.")
         return cls(
@@ -53,7 +51,7 @@ class Config:
             job_timeout_s=_required(environ, "JOB_TIMEOUT_S", 3600, least=1, most=604_800),
             interrupt_grace_s=_required(environ, "INTERRUPT_GRACE_S", 10, least=0.1, most=600),
             result_limit_bytes=None if limit_mb is None else int(limit_mb * 1_000_000),
-            allow_url_inputs=allow_urls == "1",
+            allow_url_inputs=_flag(environ, "ALLOW_URL_INPUTS"),
             url_input_limit_bytes=int(
                 _required(environ, "URL_INPUT_LIMIT_MB", 100, least=0.01, most=10_000) * 1_000_000
             ),
@@ -72,16 +70,13 @@ def _bucket(environ: Mapping[str, str]) -> BucketSettings | None:
         "BUCKET_SECRET_ACCESS_KEY": _text(environ, "BUCKET_SECRET_ACCESS_KEY"),
         "BUCKET_NAME": _text(environ, "BUCKET_NAME"),
     }
-    always = _text(environ, "BUCKET_ALWAYS")
-    if always not in ("", "0", "1"):
-        raise ConfigError("BUCKET_ALWAYS is neither 0 nor 1.")
+    always = _flag(environ, "BUCKET_ALWAYS")
     missing = [name for name, value in four.items() if not value]
-    if len(missing) == len(four) and always != "1":
+    if len(missing) == len(four) and not always:
         return None
     if missing:
         raise ConfigError(f"A bucket needs {', '.join(four)}; set {', '.join(missing)} too, or none of them.")
-    url = urlsplit(four["BUCKET_ENDPOINT_URL"])
-    if url.scheme not in ("http", "https") or not url.hostname or url.username is not None:
+    if not _is_endpoint(four["BUCKET_ENDPOINT_URL"]):
         raise ConfigError("BUCKET_ENDPOINT_URL must be of the form https://host, without a key in it.")
     return BucketSettings(
         endpoint_url=four["BUCKET_ENDPOINT_URL"],
@@ -89,8 +84,23 @@ def _bucket(environ: Mapping[str, str]) -> BucketSettings | None:
         secret_access_key=four["BUCKET_SECRET_ACCESS_KEY"],
         name=four["BUCKET_NAME"],
         region=_text(environ, "BUCKET_REGION") or None,
-        always=always == "1",
+        always=always,
     )
+
+
+def _is_endpoint(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and url.username is None
+    except ValueError:  # half an IPv6 address, or a port that is no number
+        return False
+
+
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    value = _text(environ, name) or "0"
+    if value not in ("0", "1"):
+        raise ConfigError(f"{name} is {value!r}; use 0 or 1.")
+    return value == "1"
 
 
 def _text(environ: Mapping[str, str], name: str) -> str:

@@ -31,7 +31,8 @@ Text = dict[str, Any]  # {"node_id", "text"}
 @dataclass(frozen=True)
 class Output:
     """One file that ComfyUI wrote (``kind`` output or temp), or one that only this worker has (``data``): a picture
-    that came by websocket or was re-encoded. ``head`` are the first bytes of the file, once somebody has looked."""
+    that came by websocket (``kind`` websocket) or was re-encoded. ``head`` are the first bytes of the file, once
+    somebody has looked."""
 
     node_id: str
     filename: str
@@ -140,11 +141,11 @@ def named_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[Output]:
         if isinstance(entry, dict) and isinstance(name := entry.get("filename"), str) and name
     ]
     named += [
-        Output(node_id, f"websocket_{position:05}_{_extension(data)}", data=data)
+        Output(node_id, f"websocket_{position:05}_{_extension(data)}", kind="websocket", data=data)
         for position, (node_id, data) in enumerate(outcome.socket_images, start=1)
     ]
     named += _named_by_path(outcome, ramdisk)
-    saved = [output for output in named if output.kind == "output"]
+    saved = [output for output in named if output.kind in ("output", "websocket")]
     return saved or [output for output in named if output.kind == "temp"]
 
 

@@ -75,7 +75,8 @@ def platform(tmp_path: Path) -> Iterator[Platform]:
 def row(request: pytest.FixtureRequest) -> Iterator[Row]:
     """The row of FAULTS.md that a test is marked with."""
     mark = request.node.get_closest_marker("fault")
-    found = Row(read_table(TABLE.read_text())[mark.args[0]])
+    table_row = read_table(TABLE.read_text())[mark.args[0]]
+    found = Row(table_row, is_alone=len(table_row.tests) == 1 and not hasattr(request.node, "callspec"))
     yield found
     if request.node.stash.get(PASSED, False):
         found.check_complete()

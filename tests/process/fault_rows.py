@@ -141,6 +141,8 @@ class Row:
     """What a test asserts of its row: what the caller sees, and that the next job runs and nothing is left."""
 
     table_row: TableRow
+    is_alone: bool = True
+    """Whether this is the row's only test: else another one, or another parameter, sees the other answers."""
     seen: set[str] = field(default_factory=set)
     next_job_ran: bool = False
     seconds: float = 0.0
@@ -164,6 +166,11 @@ class Row:
         assert sorted(item["node_id"] for item in items) == sorted(expected)
         assert [item["node_id"] for item in items if not is_inverted(item, expected[item["node_id"]])] == []
         return dict(answer["output"])
+
+    def sees(self, answer: dict[str, Any], ending: str) -> None:
+        """The job ended in this way: a state, or an error code."""
+        self._sees(answer, ending)
+        assert ending == (answer.get("output") or {}).get("error_code", answer["status"]), answer
 
     def ends(self, answer: dict[str, Any], status: str) -> None:
         """The platform ended the job: CANCELLED or TIMED_OUT."""
@@ -202,7 +209,7 @@ class Row:
         """To be called after the test: it asserted all that a row promises."""
         assert self.next_job_ran, "the test did not run the next job"
         assert self.seen, "the test did not say what the caller sees"
-        if len(self.table_row.tests) == 1:
+        if self.is_alone:
             assert self.seen == self.table_row.answers
         if path := os.environ.get("FAULT_SECONDS"):
             with Path(path).open("a") as stream:

@@ -197,6 +197,7 @@ def test_a_key_that_the_bucket_does_not_take_is_told(row: Row, bucket_stack: Dri
         answer = bucket_stack.run(large_job(noise()))
         details = row.fails(answer, "UPLOAD_FAILED", "HTTP 403", f"look at {setting}", "inverted_00001_.png")
         assert details["retried"] is False
+        assert f"upload failed ({details['reason']}) for good" in bucket_stack.log()
         assert bucket.count() == 1
         without_secrets(bucket_stack, answer)
     row.next_job_runs(bucket_stack)
@@ -221,7 +222,7 @@ def test_a_bucket_that_cannot_be_reached_is_tried_again_and_told(
     finally:
         bucket.start()
     again = [line for line in bucket_stack.log().splitlines() if f"[{job_id}] upload failed" in line]
-    assert len(again) == ATTEMPTS - 1
+    assert len(again) == ATTEMPTS
     row.next_job_runs(bucket_stack)
 
 

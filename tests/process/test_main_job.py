@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageOps
 
+from tests.process.fault_rows import Row
 from tests.process.stack import (
     ROOT,
     Driver,
@@ -113,8 +114,9 @@ def test_an_item_tells_all_that_the_contract_promises(driver: Driver) -> None:
     assert set(result["timings_ms"]) == {"parse", "clear", "write", "run", "collect", "wipe"}
 
 
-def test_debug_keeps_the_files_and_says_where_until_the_next_job_overwrites_them(driver: Driver) -> None:
-    result = driver.run(invert_job(debug=True))["output"]
+@pytest.mark.fault("V6")
+def test_debug_keeps_the_files_and_says_where_until_the_next_job_overwrites_them(row: Row, driver: Driver) -> None:
+    result = row.succeeds(driver.run(invert_job(debug=True)))
     kept = [Path(path) for path in result["debug"]["files"]]
     assert kept == [driver.ramdisk / "input/a.png", driver.ramdisk / "output/inverted_00001_.png"]
     assert len(driver.comfyui("/history")) == 1
@@ -126,7 +128,7 @@ def test_debug_keeps_the_files_and_says_where_until_the_next_job_overwrites_them
         for path, fd in held.items():  # the inode outlives its name: what it holds now is what a thief would find
             assert not path.exists()
             assert os.pread(fd, sizes[path] + 1, 0) == bytes(sizes[path])
-        assert driver.comfyui("/history") == {}
+        row.next_job_runs(driver)
     finally:
         for fd in held.values():
             os.close(fd)

@@ -54,7 +54,7 @@ TALKATIVE = {"LOG_LEVEL": "DEBUG", "RUNPOD_LOG_LEVEL": "DEBUG", "RUNPOD_DEBUG_LE
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     log_path = tmp_path_factory.mktemp("private") / "log"
-    settings = {**SECRETS, **TALKATIVE, "SSH_DIR": "/proc/nowhere", "INTERRUPT_GRACE_S": "1"}
+    settings = {**SECRETS, **TALKATIVE, "SSH_DIR": "/proc/nowhere", "INTERRUPT_GRACE_S": "1", "ALLOW_URL_INPUTS": "1"}
     with boot(log_path, **settings) as driver:
         yield driver
 
@@ -100,8 +100,10 @@ def stopped(pid: int) -> Iterator[None]:
         ("JOB_TIMEOUT", "last", 60, {"timeout_s": 3}),
     ],
 )
+@pytest.mark.fault("V2")
+@pytest.mark.xdist_group("test_privacy.py")
 def test_what_a_job_wrote_is_zeros_whichever_way_it_ended(
-    driver: Driver, ending: str, prefix: str, seconds: float, extra: dict[str, Any]
+    row: Row, driver: Driver, ending: str, prefix: str, seconds: float, extra: dict[str, Any]
 ) -> None:
     job_id = driver.start_job(wide_job(prefix, seconds, **extra))
     wait_until(driver.comfyui_runs, "the job runs")
@@ -116,12 +118,11 @@ def test_what_a_job_wrote_is_zeros_whichever_way_it_ended(
             driver.cancel(job_id)
     assert {path.parts[0] for path in held} == {"input", "output", "temp"}
     assert {str(path.parent) for path in held} >= {"input/deep", "output/deep/er", "temp", "temp/folder"}
-    answer = driver.finish(job_id)
-    assert ending in (answer["status"], answer.get("output", {}).get("error_code")), answer
+    row.sees(driver.finish(job_id), ending)
     wait_until(lambda: driver.job_files() == [], "the job is wiped")
     for path, stream in held.items():
         assert is_zeros(stream), path
-    assert driver.run(invert_job())["status"] == "COMPLETED"
+    row.next_job_runs(driver)
 
 
 def is_zeros(stream: BinaryIO) -> bool:
@@ -159,8 +160,8 @@ def refused_job() -> dict[str, Any]:
     return job
 
 
-def mixed_jobs() -> list[dict[str, Any]]:
-    """Jobs with the marker in them that run to their end by themselves, in whatever way."""
+def mixed_jobs() -> list[tuple[dict[str, Any], str]]:
+    """Jobs with the marker in them that run to their end by themselves, each with that end."""
     failing, by_socket, refused = marked_job(), marked_job(), refused_job()
     failing["workflow"]["3"]["inputs"]["filename_prefix"] = f"{MARKER}{'x' * 300}"
     by_socket["workflow"]["3"] = {"class_type": "SaveImageWebsocket", "inputs": {"images": ["2", 0]}}
@@ -168,20 +169,32 @@ def mixed_jobs() -> list[dict[str, Any]]:
     unknown = {"workflow": {"1": {"class_type": MARKER, "inputs": {"text": MARKER}}}}
     cut_short = marked_job(images={f"{MARKER}.png": base64_of(marked_png()[:-9])})
     too_long = marked_job(60, timeout_s=0.5)
+    unsent = {**marked_job(), "images": {}}
+    by_url = marked_job(images={f"{MARKER}.png": f"https://127.0.0.1/{MARKER}?{MARKER}={MARKER}"})
     return [
-        *(marked_job(), failing, refused, by_socket, photograph, unknown, cut_short, too_long),
-        {**refused, "debug": True},
-        marked_job(debug=True),
+        (marked_job(), "COMPLETED"),
+        (failing, "EXECUTION_FAILED"),
+        (refused, "PROMPT_REJECTED"),
+        (by_socket, "COMPLETED"),
+        (photograph, "COMPLETED"),
+        (unknown, "PROMPT_REJECTED"),
+        (cut_short, "MEDIA_INVALID"),
+        (too_long, "JOB_TIMEOUT"),
+        (unsent, "WORKFLOW_INVALID"),
+        (by_url, "INPUT_INVALID"),
+        (marked_job(output_format="jpeg"), "COMPLETED"),
+        ({**refused, "debug": True}, "PROMPT_REJECTED"),
+        (marked_job(debug=True), "COMPLETED"),
     ]
 
 
-def test_after_ten_mixed_jobs_the_marker_is_nowhere(driver: Driver) -> None:
-    answers = [driver.run(job) for job in mixed_jobs()]
-    codes = [answer["output"].get("error_code", answer["status"]) for answer in answers]
-    assert codes == [
-        *("COMPLETED", "EXECUTION_FAILED", "PROMPT_REJECTED", "COMPLETED", "COMPLETED", "PROMPT_REJECTED"),
-        *("MEDIA_INVALID", "JOB_TIMEOUT", "PROMPT_REJECTED", "COMPLETED"),
-    ]
+@pytest.mark.fault("V3")
+@pytest.mark.xdist_group("test_privacy.py")
+def test_after_mixed_jobs_the_marker_is_nowhere(row: Row, driver: Driver) -> None:
+    answers = []
+    for job, ending in mixed_jobs():
+        answers.append(driver.run(job))
+        row.sees(answers[-1], ending)
     kept = [Path(path) for path in answers[-1]["output"]["debug"]["files"]]
     assert kept == driver.job_files()
     assert {*kept} <= {*files_with_marker(driver.ramdisk)}  # it can be found where it is
@@ -189,7 +202,7 @@ def test_after_ten_mixed_jobs_the_marker_is_nowhere(driver: Driver) -> None:
     job_id = driver.start_job(marked_job(60))
     wait_until(driver.comfyui_runs, "the job to be cancelled runs")
     driver.cancel(job_id)
-    assert driver.run(invert_job())["status"] == "COMPLETED"
+    row.next_job_runs(driver)
 
     assert driver.job_files() == []
     assert files_with_marker(driver.ramdisk) == []
@@ -211,7 +224,11 @@ def test_a_talkative_sdk_is_told_to_be_silent(driver: Driver) -> None:
     assert "DEBUG  |" not in driver.log()
 
 
-def test_comfyui_has_none_of_the_workers_secrets(driver: Driver) -> None:
+@pytest.mark.fault("V5")
+@pytest.mark.xdist_group("test_privacy.py")
+def test_comfyui_has_none_of_the_workers_secrets(row: Row, driver: Driver) -> None:
+    row.succeeds(driver.run(invert_job()))
+
     def environ(pid: int) -> dict[str, str]:
         lines = Path(f"/proc/{pid}/environ").read_text().split("\0")
         return dict(line.split("=", 1) for line in lines if "=" in line)
@@ -221,6 +238,7 @@ def test_comfyui_has_none_of_the_workers_secrets(driver: Driver) -> None:
     private = ("RUNPOD_", "BUCKET_", "AWS_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PUBLIC_KEY")
     assert [name for name in names if name.startswith(private)] == []
     assert "secret" not in str(names.values())
+    row.next_job_runs(driver)
 
 
 def test_no_crash_leaves_a_core_file(driver: Driver) -> None:
@@ -235,7 +253,8 @@ def test_no_crash_leaves_a_core_file(driver: Driver) -> None:
 @pytest.fixture(scope="module")
 def restarting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     log_path = tmp_path_factory.mktemp("restarting") / "log"
-    with boot(log_path, RESTART_COMFYUI="each-job", COMFYUI_MAX_DEATHS="1", INTERRUPT_GRACE_S="1") as driver:
+    settings = {"RESTART_COMFYUI": "each-job", "COMFYUI_MAX_DEATHS": "1", "ALLOW_URL_INPUTS": "1"}
+    with boot(log_path, **settings, INTERRUPT_GRACE_S="1") as driver:
         yield driver
 
 
@@ -259,7 +278,9 @@ def restarts(driver: Driver) -> int:
     return driver.log().count("Starting ComfyUI anew")
 
 
-def test_a_comfyui_that_is_restarted_after_each_job_has_nothing_of_it(restarting: Driver) -> None:
+@pytest.mark.fault("V4")
+@pytest.mark.xdist_group("test_privacy.py")
+def test_a_comfyui_that_is_restarted_after_each_job_has_nothing_of_it(row: Row, restarting: Driver) -> None:
     before = restarts(restarting)
     for job, ending in (
         (marked_job(), "COMPLETED"),
@@ -273,8 +294,7 @@ def test_a_comfyui_that_is_restarted_after_each_job_has_nothing_of_it(restarting
             wait_until(restarting.comfyui_runs, "the job runs")
             found = count_in_memory(pid)
             assert found > 0
-        answer = restarting.finish(job_id)
-        assert ending in (answer["status"], answer["output"].get("error_code")), answer
+        row.sees(restarting.finish(job_id), ending)
         left = count_in_memory(wait_for_another(restarting, pid))
         print(
             f"{ending}: the marker in ComfyUI's memory {found or 'not counted'} times during the job, {left} after it"
@@ -282,6 +302,16 @@ def test_a_comfyui_that_is_restarted_after_each_job_has_nothing_of_it(restarting
         assert left == 0
     assert "ComfyUI ended with code" not in restarting.log()  # with COMFYUI_MAX_DEATHS=1 it would be the end
     assert restarts(restarting) == before + 3
+    row.next_job_runs(restarting)
+
+
+def test_a_job_that_does_not_reach_comfyui_leaves_it_as_it_is(restarting: Driver) -> None:
+    wait_until(restarting.comfyui_answers, "ComfyUI is up")
+    before = restarts(restarting)
+    by_url = marked_job(images={f"{MARKER}.png": "https://127.0.0.1/a.png"})
+    answers = [restarting.run(by_url), restarting.run({**marked_job(), "images": {}})]
+    assert [answer["output"]["error_code"] for answer in answers] == ["INPUT_INVALID", "WORKFLOW_INVALID"]
+    assert restarts(restarting) == before
 
 
 def test_the_next_job_waits_for_the_new_comfyui(restarting: Driver) -> None:

@@ -235,6 +235,12 @@ def test_pictures_that_came_by_websocket_are_items_too(ramdisk: RamDisk) -> None
     assert base64.b64decode(lists["images"][0]["data"]) == png
 
 
+def test_a_saved_picture_of_the_same_name_does_not_hide_one_that_came_by_websocket(ramdisk: RamDisk) -> None:
+    saved = {"3": {"images": [put(ramdisk, "websocket_00001_.png")]}}
+    lists = collect(ramdisk, saved, socket_images=[("7", encoded(Image.new("RGB", (2, 2)), "PNG"))])
+    assert [item["node_id"] for item in lists["images"]] == ["3", "7"]
+
+
 def test_nothing_at_all_is_a_failure(ramdisk: RamDisk) -> None:
     with pytest.raises(NoOutput):
         collect(ramdisk, {})
