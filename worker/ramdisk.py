@@ -137,6 +137,8 @@ class RamDisk:
 
     def _size_below(self, name: str) -> int:
         total_bytes = 0
+        if (self.root / name).is_symlink():  # os.walk and os.scandir would follow it
+            return 0
         for folder, _, files in os.walk(self.root / name):
             for file in files:
                 with contextlib.suppress(OSError):
@@ -146,7 +148,7 @@ class RamDisk:
     def list_files(self, directories: tuple[str, ...] = JOB_DIRECTORIES) -> list[str]:
         """Paths below ``root`` of what is there, sorted; at most MAX_LISTED_FILES, because they go into a result."""
         found: list[str] = []
-        pending = [self.root / name for name in directories]
+        pending = [self.root / name for name in directories if not (self.root / name).is_symlink()]
         while pending and len(found) < MAX_LISTED_FILES:
             with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
                 for entry in entries:

@@ -303,3 +303,13 @@ def test_a_linked_job_directory_is_not_entered(ramdisk: RamDisk, root: Path, tmp
     with pytest.raises(RamDiskError):
         ramdisk.wipe()
     assert (tmp_path / "photo.png").read_text() == "somebody's"
+
+
+def test_a_linked_job_directory_is_neither_listed_nor_counted(ramdisk: RamDisk, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_text("somebody's")
+    (root / "output").rmdir()
+    (root / "output").symlink_to(tmp_path)
+    error = RamDiskFull("The RAM disk ran full.")
+    ramdisk.add_figures(error)
+    assert error.details["used_bytes"]["output"] == 0
+    assert ramdisk.list_files() == []
