@@ -137,6 +137,8 @@ class RamDisk:
 
     def _size_below(self, name: str) -> int:
         total_bytes = 0
+        if (self.root / name).is_symlink():  # os.walk and os.scandir would follow it
+            return 0
         for folder, _, files in os.walk(self.root / name):
             for file in files:
                 with contextlib.suppress(OSError):
@@ -146,7 +148,7 @@ class RamDisk:
     def list_files(self, directories: tuple[str, ...] = JOB_DIRECTORIES) -> list[str]:
         """Paths below ``root`` of what is there, sorted; at most MAX_LISTED_FILES, because they go into a result."""
         found: list[str] = []
-        pending = [self.root / name for name in directories]
+        pending = [self.root / name for name in directories if not (self.root / name).is_symlink()]
         while pending and len(found) < MAX_LISTED_FILES:
             with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
                 for entry in entries:
@@ -260,17 +262,32 @@ def overwrite_with_zeros(name: str | Path, directory_fd: int | None = None) -> N
     """Replace the bytes of a regular file in place, its length unchanged.
 
     Opening with "wb" would truncate first: the old pages would be freed with their content and the zeros would go to
-    fresh ones. A file with a second hard link is left alone: the other name may lie outside the RAM disk.
+    fresh ones. So would zeros for the holes of a sparse file, which can be larger than the RAM disk. A file with a
+    second hard link is left alone: the other name may lie outside the RAM disk.
     """
     file_fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory_fd)
     with _opened(file_fd):
         status = os.fstat(file_fd)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
             return
-        position = 0
-        while position < status.st_size:
-            position += os.pwrite(file_fd, memoryview(_ZEROS)[: status.st_size - position], position)
+        for position, end in _data_of(file_fd, status.st_size):
+            while position < end:
+                position += os.pwrite(file_fd, memoryview(_ZEROS)[: end - position], position)
         os.fsync(file_fd)
+
+
+def _data_of(file_fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+    """Start and end of each part of a file that is no hole."""
+    end = 0
+    while end < size_bytes:
+        try:
+            start = os.lseek(file_fd, end, os.SEEK_DATA)
+            end = min(os.lseek(file_fd, start, os.SEEK_HOLE), size_bytes)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # there is no more
+                return
+            raise
+        yield start, end
 
 
 if __name__ == "__main__":  # start.sh: ROOT [DIRECTORY...]; without one, everything goes

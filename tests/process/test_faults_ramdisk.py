@@ -377,3 +377,21 @@ def test_a_job_folder_that_leads_elsewhere_replaces_the_worker(row: Row, platfor
     assert (elsewhere / "somebodys.png").read_bytes() == b"somebody's"
     with boot_worker(platform, tmp_path / "second-log") as worker:
         row.next_job_runs(worker)
+
+
+@pytest.mark.fault("R12")
+def test_a_sparse_file_larger_than_the_ram_disk_is_wiped(row: Row, small: Driver) -> None:
+    held = []
+    job_id = start_long_job(small, seconds=1)
+    for name in ("input", "output", "temp"):
+        with (small.ramdisk / name / "sparse.dat").open("wb") as stream:  # as np.memmap makes one
+            stream.seek(512 * MB)
+            stream.write(b"somebody's")
+            stream.truncate(1024 * MB)
+        held.append((small.ramdisk / name / "sparse.dat").open("rb"))
+    row.succeeds(small.finish(job_id))
+    for stream in held:
+        with stream:
+            stream.seek(512 * MB)
+            assert stream.read(10) == bytes(10)
+    row.next_job_runs(small)

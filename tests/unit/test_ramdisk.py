@@ -211,6 +211,23 @@ def test_the_wipe_overwrites_every_file_before_it_unlinks_it(ramdisk: RamDisk, r
     assert [list((root / name).iterdir()) for name in ("input", "output", "temp")] == [[], [], []]
 
 
+def test_a_sparse_file_is_overwritten_where_it_has_data(ramdisk: RamDisk, root: Path) -> None:
+    written = {0: b"first", 3 << 20: b"\xff" * ((2 << 20) + 5), 32 << 20: b"last"}
+    with (root / "output/sparse").open("wb") as stream:
+        for position, content in written.items():
+            stream.seek(position)
+            stream.write(content)
+        stream.truncate(64 << 20)
+    with (root / "output/sparse").open("rb") as held:
+        taken_blocks = os.fstat(held.fileno()).st_blocks
+        ramdisk.wipe()
+        for position, content in written.items():
+            held.seek(position)
+            assert held.read(len(content)) == bytes(len(content))
+        assert (os.fstat(held.fileno()).st_size, os.fstat(held.fileno()).st_blocks) == (64 << 20, taken_blocks)
+    assert list((root / "output").iterdir()) == []
+
+
 def test_the_wipe_removes_planted_things_without_touching_what_they_lead_to(
     ramdisk: RamDisk, root: Path, tmp_path: Path
 ) -> None:
@@ -286,3 +303,13 @@ def test_a_linked_job_directory_is_not_entered(ramdisk: RamDisk, root: Path, tmp
     with pytest.raises(RamDiskError):
         ramdisk.wipe()
     assert (tmp_path / "photo.png").read_text() == "somebody's"
+
+
+def test_a_linked_job_directory_is_neither_listed_nor_counted(ramdisk: RamDisk, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_text("somebody's")
+    (root / "output").rmdir()
+    (root / "output").symlink_to(tmp_path)
+    error = RamDiskFull("The RAM disk ran full.")
+    ramdisk.add_figures(error)
+    assert error.details["used_bytes"]["output"] == 0
+    assert ramdisk.list_files() == []
