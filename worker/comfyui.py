@@ -13,7 +13,7 @@ from typing import Any
 from worker.comfyui_errors import ModelNote, Refusals
 from worker.comfyui_server import HTTP_TIMEOUT_S, ComfyUIServer
 from worker.errors import ComfyUICrashed, ComfyUIUnavailable
-from worker.payload import Workflow
+from worker.graph import Workflow
 from worker.workflow_checks import file_inputs
 
 QUEUE_POLL_S = 0.02

@@ -17,7 +17,8 @@ from PIL import Image
 
 from worker.errors import InputInvalid, MediaInvalid, WorkerError, WorkflowInvalid
 from worker.https_url import HttpsUrl
-from worker.payload import InputFile, OutputFormat, UrlInput, json_safe, parse_job_input
+from worker.input_files import InputFile, UrlInput
+from worker.payload import OutputFormat, json_safe, parse_job_input
 
 
 def png() -> bytes:
