@@ -23,6 +23,7 @@ KNOWN_KEYS = (
 OUTPUT_FORMATS = ("png", "webp", "jpeg")
 MAX_NAMED_KEYS = 20  # a result with a sentence for each of a million unknown keys could not be posted
 MAX_NESTING = 100  # ComfyUI walks inputs by recursion, which Python ends at 1,000; real ones have some 10 levels
+MAX_ID_CHARS = 200  # of a node's id and its class, which failures and progress repeat
 MAX_CLASSES = 1000  # each is looked up in ComfyUI once
 MAX_TIMEOUT_S = 604_800  # RunPod's own upper bound for executionTimeout: 7 days
 _EXPORT = "send the graph that ComfyUI's Workflow > Export (API) gives"
@@ -158,6 +159,8 @@ def _check_node(node_id: object, node: object) -> None:
     shown = str(node_id)[:80]
     if not isinstance(node, dict) or not isinstance(node.get("class_type"), str) or not node["class_type"]:
         raise WorkflowInvalid(f"Node {shown!r} of the workflow has no 'class_type'; is this the API format?")
+    if len(str(node_id)) > MAX_ID_CHARS or len(node["class_type"]) > MAX_ID_CHARS:
+        raise WorkflowInvalid(f"Node {shown!r} has an id or a class of more than {MAX_ID_CHARS} characters.")
     if not isinstance(node.get("inputs"), dict):
         raise WorkflowInvalid(f"Node {shown!r} of the workflow has no 'inputs' object.")
 
