@@ -28,7 +28,7 @@ from worker.comfyui import ComfyUI
 from worker.comfyui_server import ComfyUIServer
 from worker.config import Config, ConfigError
 from worker.control import JobControl
-from worker.delivery import Delivery, result_limit_bytes
+from worker.delivery import Delivery, fitted_failure, result_limit_bytes
 from worker.errors import (
     ComfyUICrashed,
     ComfyUIUnavailable,
@@ -262,7 +262,8 @@ class Endpoint:
             # What ComfyUI or a caller said may hold prompt text: only our own sentences go into the log.
             own_words = error.message if isinstance(error, WorkerFault) else error.details.get("exception_type", "")
             log.warning("%s %s", error.code, own_words)
-            result = error.as_result()
+            limit_bytes = result_limit_bytes(job["id"], self._worker.config.result_limit_bytes)
+            result = fitted_failure(error.as_result(), limit_bytes)
             if error.replace_worker:
                 result["refresh_worker"] = True
                 self.exit_code = 1

@@ -116,7 +116,7 @@ MUTANTS = [
     Mutant("bucket: deadline and cancellation", "worker/bucket.py", "                control.check()\n", "", f"{RESULTS} -k up_the_deadline"),
     Mutant("bucket: keys stay out of the log", "rp_handler.py", "level=logging.WARNING, format=form", "level=level, format=form", f"{RESULTS} -k several_files"),
     Mutant("input check", "worker/payload.py", "check_image(image.name, image.data)", "pass", f"{MAIN} -k cannot_run"),
-    Mutant("URLs: off unless set", "worker/payload.py", "if not allow_urls:", "if False:", f"{URLS} -k unless_the_worker"),
+    Mutant("URLs: off unless set", "worker/input_files.py", "if not allow_urls:", "if False:", f"{URLS} -k unless_the_worker"),
     Mutant("URLs: IPv6 forms of private addresses", "worker/https_url.py", "parsed not in _GLOBAL_UNICAST", "False", HTTPS_URL),
     Mutant("URLs: addresses in odd forms", "worker/https_url.py", "match is None or not _host_is_valid(match[\"host\"])", "match is None", HTTPS_URL),
     Mutant("URLs: public addresses only", "worker/fetch.py", "if not all(is_public(address) for _, address in answers):", "if False:", f"{URLS} -k not_public"),

@@ -13,7 +13,7 @@ from typing import Any
 from worker.comfyui_errors import ModelNote, Refusals
 from worker.comfyui_server import HTTP_TIMEOUT_S, ComfyUIServer
 from worker.errors import ComfyUICrashed, ComfyUIUnavailable
-from worker.payload import Workflow
+from worker.graph import Workflow
 from worker.workflow_checks import file_inputs
 
 QUEUE_POLL_S = 0.02
@@ -170,9 +170,14 @@ class ComfyUI:
         return None
 
     def _look_up(self, class_type: str) -> dict[str, Any]:
-        """A class as /object_info describes it; empty for one that it does not know."""
+        """A class as /object_info describes it; empty for one that it does not know (200 and {}, 0.18.1).
+
+        Raises ComfyUIUnavailable for a status of 500 or more: taken for an answer, it would switch the checks off.
+        """
         quoted = urllib.parse.quote(class_type, safe="", errors="replace")
         status, answer = self.server.call("GET", f"/object_info/{quoted}")
+        if status >= 500:
+            raise ComfyUIUnavailable(f"ComfyUI answered GET /object_info with status {status}.")
         info = _as_json(answer) if status == 200 else None
         known = info.get(class_type) if isinstance(info, dict) else None
         return known if isinstance(known, dict) else {}

@@ -22,8 +22,7 @@ from worker.errors import (
     RamDiskFull,
     WorkerError,
 )
-from worker.graph import shown_node, title_of
-from worker.payload import Workflow
+from worker.graph import Workflow, shown_node, title_of
 
 MAX_SHOWN_CHARS = 500
 MAX_SENTENCES = 20  # a workflow can have 100,000 nodes, and a failure has RunPod's size limit too

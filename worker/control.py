@@ -33,6 +33,3 @@ class JobControl:
             raise JobCancelled("The job was cancelled.")
         if self._clock() >= self._deadline:
             raise JobTimeout(f"The job did not finish within {self.timeout_s:g} s.", timeout_s=self.timeout_s)
-
-    def remaining_s(self) -> float:
-        return max(0.0, self._deadline - self._clock())

@@ -21,6 +21,7 @@ ASYNC_LIMIT_BYTES = 10_000_000
 SYNC_LIMIT_BYTES = 20_000_000
 MARGIN = 0.98
 MAX_SHOWN_FILES, MAX_LISTED_FILES = 5, 100  # in the sentence, and in the details of a failure
+MAX_ERROR_CHARS = 2000  # of a failure over the limit
 BUCKET_SETTINGS = "BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID, BUCKET_SECRET_ACCESS_KEY and BUCKET_NAME"
 
 Item = dict[str, Any]
@@ -95,6 +96,16 @@ class Delivery:
 def posted_bytes(result: dict[str, Any]) -> int:
     """How many bytes the SDK posts for it: json.dumps({"output": result}, ensure_ascii=False) (runpod 1.12.0)."""
     return len(json.dumps({"output": json_safe(result)}, ensure_ascii=False).encode())
+
+
+def fitted_failure(failure: dict[str, Any], limit_bytes: int) -> dict[str, Any]:
+    """A failed job's answer; without its details, and with a shorter sentence, where it is over the limit.
+
+    RunPod refuses a larger one with 400 and shows the job as COMPLETED, without output.
+    """
+    if posted_bytes(failure) <= limit_bytes:
+        return failure
+    return {**failure, "error": failure["error"][:MAX_ERROR_CHARS], "details": {}}
 
 
 def base64_bytes(size_bytes: int) -> int:

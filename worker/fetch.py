@@ -24,8 +24,8 @@ from yarl import URL
 from worker.control import JobControl
 from worker.errors import InputInvalid, InputUnreachable
 from worker.https_url import is_public
+from worker.input_files import UrlInput
 from worker.media import check_image
-from worker.payload import UrlInput
 from worker.ramdisk import RamDisk
 
 PARALLEL = 4

@@ -19,7 +19,7 @@ from worker.comfyui_errors import failure_of, joined
 from worker.control import JobControl
 from worker.errors import ComfyUICrashed, ComfyUIUnavailable, HistoryMissing, JobCancelled, JobTimeout
 from worker.feed import Feed
-from worker.payload import Workflow
+from worker.graph import Workflow
 
 log = logging.getLogger(__name__)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from worker.payload import Workflow
-
+Workflow = dict[str, dict[str, Any]]
+"""ComfyUI's API format: by node id, its ``class_type`` and ``inputs``."""
 MAX_SHOWN_CHARS = 80  # of what a caller wrote
 
 

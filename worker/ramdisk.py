@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from worker.errors import OutputMissing, RamDiskError, RamDiskFull
 
 if TYPE_CHECKING:
-    from worker.payload import InputFile
+    from worker.input_files import InputFile
 
 MARKER = ".comfy-endpoint-ramdisk"
 JOB_DIRECTORIES = ("input", "output", "temp")

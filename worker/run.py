@@ -18,9 +18,8 @@ from worker.comfyui import ComfyUI
 from worker.control import JobControl
 from worker.errors import ExecutionFailed, OutOfGpuMemory, WorkerError
 from worker.follow import Progress, PromptRun, RunOutcome
-from worker.graph import sources_of, upstream_of
+from worker.graph import Workflow, sources_of, upstream_of
 from worker.outputs import lost_models, named_files
-from worker.payload import Workflow
 from worker.ramdisk import RamDisk
 
 log = logging.getLogger(__name__)

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import WorkflowInvalid
-from worker.graph import links_of, longest_chain, shown_node, title_of, upstream_of
+from worker.graph import Workflow, links_of, longest_chain, shown_node, title_of, upstream_of
 
 if TYPE_CHECKING:
     from worker.comfyui import ComfyUI
-    from worker.payload import Workflow
 
 MAX_CHAIN = 500
 MAX_SENTENCES = 5

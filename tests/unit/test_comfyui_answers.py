@@ -584,8 +584,16 @@ def test_a_class_is_looked_up_once_for_each_start_of_comfyui(
     assert not comfyui.is_output_class("SaveImage")
 
 
+def test_an_error_is_no_answer_about_a_class(comfyui: ComfyUI, double: Double) -> None:
+    double.answers["GET /object_info/SaveImage"] = (500, "500 Internal Server Error")
+    with pytest.raises(ComfyUIUnavailable, match="GET /object_info with status 500"):
+        comfyui.file_inputs("SaveImage")
+    double.answers["GET /object_info/SaveImage"] = (200, {"SaveImage": {"output_node": True}})
+    assert comfyui.is_output_class("SaveImage")
+
+
 @pytest.mark.parametrize("name", ["NoSuchNode", "a/b?c#d", "..", ".", " ", "\ud800", "ä" * 5000, "\0\r\n"])
-@pytest.mark.parametrize("answer", [(200, {}), (200, []), (200, "<html>"), (404, "404: Not Found"), (500, "")])
+@pytest.mark.parametrize("answer", [(200, {}), (200, []), (200, "<html>"), (404, "404: Not Found")])
 def test_a_name_that_cannot_be_looked_up_is_no_output_class(
     comfyui: ComfyUI, double: Double, name: str, answer: Answer
 ) -> None:

@@ -84,6 +84,14 @@ def test_a_dead_gpu_replaces_the_worker_and_other_failures_do_not(tmp_path: Path
     assert alive.exit_code == 0
 
 
+def test_a_failure_over_the_limit_is_cut_until_it_can_be_posted(tmp_path: Path, posted: list[dict[str, Any]]) -> None:
+    def fails(*_: object) -> dict[str, Any]:
+        raise WorkerError("x" * 10**7, log="y" * 10**7)
+
+    result = handle(fails, tmp_path)
+    assert (len(result["error"]), result["error_code"], result["details"]) == (2000, "WORKER_ERROR", {})
+
+
 def test_cancelling_twice_still_waits_for_the_thread(tmp_path: Path, posted: list[dict[str, Any]]) -> None:
     started, ended = threading.Event(), threading.Event()
 

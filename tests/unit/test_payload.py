@@ -17,7 +17,8 @@ from PIL import Image
 
 from worker.errors import InputInvalid, MediaInvalid, WorkerError, WorkflowInvalid
 from worker.https_url import HttpsUrl
-from worker.payload import InputFile, OutputFormat, UrlInput, json_safe, parse_job_input
+from worker.input_files import InputFile, UrlInput
+from worker.payload import OutputFormat, json_safe, parse_job_input
 
 
 def png() -> bytes:
@@ -152,6 +153,8 @@ def test_a_flood_of_unknown_keys_does_not_flood_the_result() -> None:
         ({"workflow": {"7": {"inputs": {}}}}, WorkflowInvalid, "'7'"),
         ({"workflow": {"7": {"class_type": "", "inputs": {}}}}, WorkflowInvalid, "'7'"),
         ({"workflow": {"7": {"class_type": "X", "inputs": None}}}, WorkflowInvalid, "'inputs'"),
+        ({"workflow": {"7" * 201: {"class_type": "X", "inputs": {}}}}, WorkflowInvalid, "more than 200 characters"),
+        ({"workflow": {"7": {"class_type": "X" * 201, "inputs": {}}}}, WorkflowInvalid, "more than 200 characters"),
         (job(images="a.png"), InputInvalid, "'images' must be"),
         (job(images=[CODED]), InputInvalid, "Item 0 of 'images'"),
         (job(images=[{"name": "a.png"}]), InputInvalid, "must be a Base64 string"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from worker.errors import OutputMissing, RamDiskError, RamDiskFull
-from worker.payload import InputFile
+from worker.input_files import InputFile
 from worker.ramdisk import MARKER, RamDisk
 
 
