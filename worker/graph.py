@@ -12,14 +12,16 @@ MAX_SHOWN_CHARS = 80  # of what a caller wrote
 
 def links_of(workflow: Workflow, node_id: str) -> list[tuple[str, str]]:
     """The links of a node, as (its input, the node that is named), which need not exist; see ComfyUI's is_link."""
-    return [
-        (name, value[0])
-        for name, value in workflow[node_id]["inputs"].items()
-        if isinstance(value, list)
-        and len(value) == 2
-        and isinstance(value[0], str)
-        and isinstance(value[1], int | float)
-    ]
+    named = [(name, link_of(value)) for name, value in workflow[node_id]["inputs"].items()]
+    return [(name, source) for name, source in named if source is not None]
+
+
+def link_of(value: object) -> str | None:
+    """The node that an input's value names, where it is a link."""
+    match value:
+        case [str() as source, int() | float()]:
+            return source
+    return None
 
 
 def sources_of(workflow: Workflow, node_id: str) -> list[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import WorkflowInvalid
-from worker.graph import Workflow, links_of, longest_chain, shown_node, title_of, upstream_of
+from worker.graph import Workflow, link_of, links_of, longest_chain, shown_node, title_of, upstream_of
 
 if TYPE_CHECKING:
     from worker.comfyui import ComfyUI
@@ -29,11 +29,21 @@ MAX_COMPARED_NAMES = 1000  # likeness costs some 10 us a pair
 
 # Inputs that take a path below the output directory.
 _PREFIX_INPUTS = {"filename_prefix"}
-_FOLDER_INPUTS = {"folder_name"}  # SaveImageDataSetToFolder and its kin do not check it (0.18.1, nodes_dataset.py)
+# SaveImageDataSetToFolder and its kin check neither this nor their prefix (0.18.1, nodes_dataset.py).
+_FOLDER_INPUTS = {"folder_name"}
+# Nodes whose output is the text in their input `value`.
+_CONSTANTS = ("PrimitiveString", "PrimitiveStringMultiline")
 # Widgets whose value is a file that the browser has uploaded, or an object of such files (0.18.1, nodes_load_3d.py).
 _FILE_KINDS = ("AUDIO_RECORD", "LOAD_3D", "WEBCAM")
+# What is no name, whatever the button beside it: these come by links.
+_LINKED_KINDS = ("IMAGE", "MASK", "AUDIO", "VIDEO", "LATENT")
 # Files of the input directory whose inputs say nothing of it (0.18.1).
-_UNMARKED = {("LoadLatent", "latent"), ("GeminiInputFiles", "file"), ("OpenAIInputFiles", "file")}
+_UNMARKED = {
+    ("LoadLatent", "latent"),
+    ("LoadImageDataSetFromFolder", "folder"),
+    ("GeminiInputFiles", "file"),
+    ("OpenAIInputFiles", "file"),
+}
 
 
 def check_before_run(workflow: Workflow, sent: Collection[str], comfyui: ComfyUI) -> list[str]:
@@ -41,7 +51,7 @@ def check_before_run(workflow: Workflow, sent: Collection[str], comfyui: ComfyUI
 
     ``sent`` are the names of the job's files. A node on which no output node depends is not run by ComfyUI: of such a
     loader, an unsent file is only a warning, which is returned. A file outside the input directory is refused there,
-    too. A link in place of a file's name is not followed.
+    too, and so is a link in place of a file's name, unless it leads to a text that the workflow holds.
     """
     found = list(_loaded(workflow, comfyui))
     outside = [file for file in found if _leaves(file.path)]
@@ -81,8 +91,9 @@ def check_save_paths(workflow: Workflow) -> None:
     ComfyUI's variables, such as %width%, become digits: they are parts of a path like any other.
     """
     for node_id, node in workflow.items():
-        for name in node["inputs"].keys() & (_PREFIX_INPUTS | _FOLDER_INPUTS):
-            for path in _literals(node["inputs"][name]):
+        inputs = node["inputs"].keys()
+        for name in inputs & (_PREFIX_INPUTS | _FOLDER_INPUTS):
+            for path in _texts(workflow, node_id, name, known=bool(inputs & _FOLDER_INPUTS)):
                 folder = posixpath.normpath(path)
                 if name in _PREFIX_INPUTS:
                     folder = posixpath.dirname(folder)  # the last part is the beginning of a name
@@ -119,8 +130,9 @@ def file_inputs(class_type: str, description: Mapping[str, Any]) -> frozenset[st
         named = inputs.get(group) if isinstance(inputs, dict) else None
         for name, form in named.items() if isinstance(named, dict) else ():
             match form:
-                case [_, dict() as options, *_] if any(options[key] for key in options if key.endswith("_upload")):
-                    found.add(name)
+                case [kind, dict() as options, *_] if any(options[key] for key in options if key.endswith("_upload")):
+                    if kind not in _LINKED_KINDS:
+                        found.add(name)
                 case [str() as kind, *_] if kind in _FILE_KINDS or (class_type, name) in _UNMARKED:
                     found.add(name)
                 case [list(), *_] if (class_type, name) in _UNMARKED:
@@ -131,15 +143,31 @@ def file_inputs(class_type: str, description: Mapping[str, Any]) -> frozenset[st
 def _loaded(workflow: Workflow, comfyui: ComfyUI) -> Iterator[_Loaded]:
     for node_id, node in workflow.items():
         for input_name in sorted(comfyui.file_inputs(node["class_type"]) & node["inputs"].keys()):
-            for name in _literals(node["inputs"][input_name]):
+            for name in _texts(workflow, node_id, input_name, known=True):
                 folder, bare = _split_annotation(name)
                 yield _Loaded(node_id, input_name, name, posixpath.normpath(bare), folder)
 
 
-def _literals(value: object) -> list[str]:
-    """The strings that an input's value holds itself, but for blank ones; a list is a link."""
+def _texts(workflow: Workflow, node_id: str, input_name: str, *, known: bool) -> list[str]:
+    """What an input holds, or is linked to, as texts, but for blank ones; an object's values, as Load3D has them.
+
+    With ``known`` a link to what only the run will tell raises WorkflowInvalid; one to nowhere is not our matter.
+    """
+    value = workflow[node_id]["inputs"][input_name]
+    followed: set[str] = set()
+    while (source := link_of(value)) in workflow and source not in followed:
+        if workflow[source]["class_type"] not in _CONSTANTS:
+            if known:
+                where = shown_node(node_id, title_of(workflow, node_id), workflow[node_id]["class_type"])
+                sentence = f"{where}: {_shown(input_name)} is linked; write the name of the file or folder there."
+                raise WorkflowInvalid(sentence, node_id=node_id)
+            return []
+        followed.add(source)
+        value = workflow[source]["inputs"].get("value")
     if isinstance(value, dict):
         value = value.get("__value__", value)  # ComfyUI unwraps it (0.18.1, execution.py: validate_inputs)
+    if input_name in _FOLDER_INPUTS and isinstance(value, dict | list) and link_of(value) is None:
+        return [str(value)]  # as ComfyUI makes a STRING of it
     parts = value.values() if isinstance(value, dict) else [value]
     return [part for part in parts if isinstance(part, str) and part.strip()]
 

@@ -244,6 +244,10 @@ def test_a_loader_of_a_file_that_was_not_sent_is_refused_before_comfyui_is_asked
     row.fails(handler.run(wrapped), "WORKFLOW_INVALID", "outside the input directory")
     row.fails(handler.run(job(invert_workflow("a.png [output]"))), "WORKFLOW_INVALID", "output directory is empty")
     row.fails(handler.run({"workflow": invert_workflow()}), "WORKFLOW_INVALID", "no file was sent")
+    linked = invert_workflow()
+    linked["text"] = {"class_type": "PrimitiveString", "inputs": {"value": "/etc/hostname"}}
+    linked["1"]["inputs"]["image"] = ["text", 0]
+    row.fails(handler.run(job(linked)), "WORKFLOW_INVALID", "'/etc/hostname', which is outside the input directory")
     for class_type, name in (("LoadImageMask", "image"), ("LoadAudio", "audio"), ("LoadVideo", "file")):
         loads = invert_workflow()
         loads["4"] = {"class_type": class_type, "inputs": {name: "b", "channel": "red"}}
@@ -274,6 +278,10 @@ def test_a_prefix_that_leaves_the_output_directory_is_refused_before_the_run(
     row.fails(answer, "WORKFLOW_INVALID", "Node 3 (SaveImage): filename_prefix is '../../outside'")
     for prefix in ("/tmp/x", "a/../../x", "%year%/../../x", f"{worker.ramdisk}/output/x", "//x"):
         row.fails(handler.run(job(invert_workflow(prefix=prefix))), "WORKFLOW_INVALID", "leaves the output directory")
+    linked = invert_workflow()
+    linked["text"] = {"class_type": "PrimitiveString", "inputs": {"value": "../x"}}
+    linked["4"] = {"class_type": "SaveImageDataSetToFolder", "inputs": {"images": ["2", 0], "folder_name": ["text", 0]}}
+    row.fails(handler.run(job(linked)), "WORKFLOW_INVALID", "folder_name is '../x', which leaves the output directory")
     assert worker.strikes("http_hang") == 0
     for prefix in ("a/../x", "./x", "%width%/x", "a b/ü"):
         row.succeeds(handler.run(job(invert_workflow(prefix=prefix))))

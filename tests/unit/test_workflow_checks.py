@@ -1,6 +1,8 @@
 """Which files a workflow names, where they lie, and how long its chains are."""
 
+import contextlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -90,7 +92,7 @@ def test_any_description_is_read(description: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a.png", "./a.png", "a.png [input]", "sub/../a.png", "sub//b.png", ["3", 0], "", 5, None]
+    "name", ["a.png", "./a.png", "a.png [input]", "sub/../a.png", "sub//b.png", ["3", "0"], "", 5, None]
 )
 def test_what_was_sent_or_is_no_name_passes(name: Any) -> None:
     assert (
@@ -108,6 +110,41 @@ def test_what_lies_outside_is_refused_even_where_nothing_needs_it(name: Any) -> 
     for workflow in (loading("VHS_LoadVideo", video=name), {"1": loading("LoadImage", image=name)["1"]}):
         with pytest.raises(WorkflowInvalid, match="outside the input directory"):
             check(workflow, "a.png")
+
+
+TEXT = {"class_type": "PrimitiveString", "inputs": {"value": "../a.png"}}
+LINKED_TEXT = {"class_type": "PrimitiveStringMultiline", "inputs": {"value": ["7", 0]}}
+COMPUTED = {"class_type": "StringConcatenate", "inputs": {"string_a": "a", "string_b": ".png", "delimiter": ""}}
+
+
+def test_a_link_to_a_text_is_followed_and_any_other_in_place_of_a_name_is_refused() -> None:
+    linked = loading("Painter", mask=["7", 0])
+    for texts in ({"7": TEXT}, {"7": LINKED_TEXT | {"inputs": {"value": ["8", 0]}}, "8": TEXT}):
+        with pytest.raises(WorkflowInvalid, match=r"'\.\./a\.png', which is outside the input directory"):
+            check({**linked, **texts}, "a.png")
+    assert check({**linked, "7": {**TEXT, "inputs": {"value": "a.png"}}}, "a.png") == []
+    assert check({**linked, "7": LINKED_TEXT}, "a.png") == []  # a cycle, which ComfyUI refuses
+    with pytest.raises(WorkflowInvalid, match="'mask' is linked; write the name"):
+        check({**linked, "7": COMPUTED}, "a.png")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"filename_prefix": ["7", 0]}, "filename_prefix is '../a/b', which leaves"),
+        ({"folder_name": ["7", 0]}, "folder_name is '../a/b', which leaves"),
+        ({"folder_name": ["8", 0]}, "'folder_name' is linked; write the name"),
+        ({"folder_name": "a", "filename_prefix": ["8", 0]}, "'filename_prefix' is linked; write the name"),
+        ({"folder_name": {"/../../../x": 1}}, "which leaves"),
+        ({"filename_prefix": ["8", 0]}, None),  # ComfyUI looks at it when it saves
+    ],
+)
+def test_a_linked_path_is_held_to_the_same_rules(inputs: dict[str, Any], said: str | None) -> None:
+    text = {**TEXT, "inputs": {"value": "../a/b"}}
+    with contextlib.ExitStack() as stack:
+        if said is not None:
+            stack.enter_context(pytest.raises(WorkflowInvalid, match=re.escape(said)))
+        check_save_paths({"1": {"class_type": "X", "inputs": inputs}, "7": text, "8": COMPUTED})
 
 
 @pytest.mark.parametrize(
@@ -166,7 +203,10 @@ def test_a_path_that_leaves_the_output_directory_is_refused(inputs: dict[str, An
 @pytest.mark.parametrize(
     "inputs",
     [
-        *({"filename_prefix": prefix} for prefix in ("x", "a/b/x", "..x", "a/../x", "..", "", ["1", 0], 5, None)),
+        *(
+            {"filename_prefix": prefix}
+            for prefix in ("x", "a/b/x", "..x", "a/../x", "..", "", ["1", 0], ["2", 0], 5, None)
+        ),
         {"folder_name": "a/b"},
         {"text": "../x"},
     ],
