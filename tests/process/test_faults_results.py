@@ -329,3 +329,17 @@ def test_a_download_that_fails_is_told_by_the_client(
     assert list((tmp_path / "out").iterdir()) == []
     row.succeeds(bucket_stack.run(invert_job()))
     row.next_job_runs(bucket_stack)
+
+
+@pytest.mark.fault("B14")
+def test_a_failure_too_large_to_be_posted_is_cut(row: Row, bare_stack: Driver) -> None:
+    workflow = invert_workflow()
+    for number in range(20):
+        bad = dict.fromkeys(("upscale_method", "width", "height", "crop"), "x" * 5000)
+        workflow[f"{number:0200}"] = {"class_type": "ImageScale", "inputs": {"image": ["1", 0], **bad}}
+        workflow[f"s{number}"] = {"class_type": "PreviewImage", "inputs": {"images": [f"{number:0200}", 0]}}
+    del workflow["3"]  # nothing of it is left that can run
+    answer = bare_stack.run(job(workflow))
+    assert row.fails(answer, "PROMPT_REJECTED", "upscale_method") == {}
+    row.fails(bare_stack.run(job({"n" * 4_000_000: workflow["1"], **invert_workflow()})), "WORKFLOW_INVALID", "200")
+    row.next_job_runs(bare_stack)
