@@ -58,7 +58,7 @@ RUN --mount=type=bind,from=comfyui-source,source=/ComfyUI/requirements.txt,targe
 WORKDIR /opt/worker
 RUN --mount=type=bind,source=requirements.txt,target=/tmp/requirements.txt \
     python3 -m venv .venv \
-    && .venv/bin/pip install --no-cache-dir --require-hashes -r /tmp/requirements.txt
+    && .venv/bin/pip install --no-cache-dir --no-deps --require-hashes -r /tmp/requirements.txt
 
 COPY --from=comfyui-source /ComfyUI /ComfyUI
 COPY --chmod=755 start.sh ./

@@ -19,5 +19,7 @@ if [[ ! -x .venv/bin/pip ]]; then
 fi
 echo "Installing $1 (once) ..." >&2
 # --no-compile: a third of the time; Python compiles what is imported when it is imported.
-.venv/bin/pip install --quiet --no-compile --disable-pip-version-check --require-hashes -r "$1" >"$log_file" 2>&1 ||
+# --no-deps: the lists are complete, and pip would look for the newest of what a package asks for with an extra.
+.venv/bin/pip install --quiet --no-deps --no-compile --disable-pip-version-check --require-hashes -r "$1" \
+    >"$log_file" 2>&1 ||
     die "pip could not install $1; is there a network? Its last line: $(grep -v '^WARNING' "$log_file" | tail -n 1)"
