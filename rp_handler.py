@@ -55,6 +55,7 @@ current_job_id: contextvars.ContextVar[str] = contextvars.ContextVar("job_id", d
 
 PROGRESS_INTERVAL_S = 1.0
 MODELS_POLL_S = 0.05
+MAX_LISTED_FILES = 200  # in the result of a job with `debug`
 EXIT_POLL_S = 0.02
 # The SDK loses a job that its json.loads cannot read: no answer ever comes. Up to here it is read, and refused in a
 # sentence (MAX_NESTING in worker/payload.py). Each level takes some 200 bytes of the stack's 8 MB (CPython 3.11).
@@ -181,7 +182,7 @@ class Worker:
     def _diagnostics(self) -> dict[str, Any]:
         return {
             "kept_until": "the next job on this worker",
-            "files": [str(self.ramdisk.root / path) for path in self.ramdisk.list_files()],
+            "files": [str(self.ramdisk.root / path) for path in self.ramdisk.list_files(most=MAX_LISTED_FILES)],
             "free_bytes": self.ramdisk.free_bytes(),
             "comfyui_log": self.process.log_tail(),
         }

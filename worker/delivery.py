@@ -22,6 +22,7 @@ SYNC_LIMIT_BYTES = 20_000_000
 MARGIN = 0.98
 MAX_SHOWN_FILES, MAX_LISTED_FILES = 5, 100  # in the sentence, and in the details of a failure
 MAX_ERROR_CHARS = 2000  # of a failure over the limit
+SHRINK_AS_WEBP = ("image/apng", "image/bmp", "image/gif", "image/jpeg", "image/png", "image/tiff")
 BUCKET_SETTINGS = "BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID, BUCKET_SECRET_ACCESS_KEY and BUCKET_NAME"
 
 Item = dict[str, Any]
@@ -55,9 +56,10 @@ class Delivery:
         result = _assembled(outputs, items, texts, rest)
         body_bytes = posted_bytes(result) + sum(base64_bytes(item["size_bytes"]) for item in items)
         if self.bucket is not None and outputs and (self.bucket.settings.always or body_bytes > self.limit_bytes):
-            self._check_without_files(result)  # before anything is uploaded in vain
+            # Before anything is uploaded in vain, and with the links.
+            self._check_without_files(result, "files go into the bucket, but texts do not; ask for less text")
             self._upload(self.bucket, outputs, items)
-            self._check_without_files(result)  # and with the links
+            self._check_without_files(result, "so many are the links to its files; save fewer")
         elif body_bytes > self.limit_bytes:
             raise self._too_large(body_bytes, items, _what_helps(items))
         else:
@@ -65,9 +67,9 @@ class Delivery:
                 item["data"] = base64.b64encode(output.read(self.ramdisk)).decode("ascii")
         return result
 
-    def _check_without_files(self, result: dict[str, Any]) -> None:
+    def _check_without_files(self, result: dict[str, Any], advice: str) -> None:
         if (body_bytes := posted_bytes(result)) > self.limit_bytes:
-            raise self._too_large(body_bytes, [], "files go into the bucket, but texts do not; ask for less text")
+            raise self._too_large(body_bytes, [], advice)
 
     def _upload(self, bucket: Bucket, outputs: Sequence[Output], items: list[Item]) -> None:
         for output in outputs:
@@ -124,7 +126,6 @@ def _assembled(outputs: Sequence[Output], items: list[Item], texts: list[Text], 
 def _what_helps(items: list[Item]) -> str:
     if not items:
         return "ask for less text"
-    return (
-        "save fewer or smaller pictures, ask for 'output_format': 'webp', "
-        f"or give the worker a bucket ({BUCKET_SETTINGS})"
-    )
+    shrinks = any(item["media_type"] in SHRINK_AS_WEBP for item in items)
+    webp = "ask for 'output_format': 'webp', " if shrinks else ""
+    return f"save fewer or smaller files, {webp}or give the worker a bucket ({BUCKET_SETTINGS})"

@@ -106,13 +106,13 @@ def unnamed_files(outcome: RunOutcome, ramdisk: RamDisk) -> list[str]:
 
     Not for those beside one that was named and whose name they begin with, such as a video's first picture.
     """
-    named = [PurePosixPath(output.path) for output in returned_files(outcome, ramdisk)]
-    places = {(path.parent, path.name) for path in named}
+    stems: dict[PurePosixPath, tuple[str, ...]] = {}
+    for path in {PurePosixPath(output.path) for output in returned_files(outcome, ramdisk)}:
+        stems[path.parent] = (*stems.get(path.parent, ()), path.stem)
     unnamed = [
         str(path)
         for path in map(PurePosixPath, ramdisk.list_files(("output",)))
-        if (path.parent, path.name) not in places
-        and not any(path.parent == other.parent and path.name.startswith(other.stem) for other in named)
+        if not path.name.startswith(stems.get(path.parent, ()))
     ]
     if not unnamed:
         return []

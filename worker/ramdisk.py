@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 MARKER = ".comfy-endpoint-ramdisk"
 JOB_DIRECTORIES = ("input", "output", "temp")
-MAX_LISTED_FILES = 200
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ZEROS = bytes(1 << 20)  # 64 KiB to 1 MiB pieces are the fastest way to overwrite on tmpfs (measured)
@@ -145,18 +144,18 @@ class RamDisk:
                     total_bytes += os.lstat(Path(folder, file)).st_size
         return total_bytes
 
-    def list_files(self, directories: tuple[str, ...] = JOB_DIRECTORIES) -> list[str]:
-        """Paths below ``root`` of what is there, sorted; at most MAX_LISTED_FILES, because they go into a result."""
+    def list_files(self, directories: tuple[str, ...] = JOB_DIRECTORIES, most: int | None = None) -> list[str]:
+        """Paths below ``root`` of what is there, sorted; at most ``most`` of them."""
         found: list[str] = []
         pending = [self.root / name for name in directories if not (self.root / name).is_symlink()]
-        while pending and len(found) < MAX_LISTED_FILES:
+        while pending and (most is None or len(found) < most):
             with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(Path(entry.path))
                     else:
                         found.append(str(Path(entry.path).relative_to(self.root)))
-        return sorted(found)[:MAX_LISTED_FILES]
+        return sorted(found)[:most]
 
     @staticmethod
     def _wipe_below(name: str, root_fd: int) -> None:

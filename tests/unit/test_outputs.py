@@ -265,6 +265,7 @@ def test_a_file_that_is_empty_or_cut_short_is_a_failure(ramdisk: RamDisk, share:
 
 def test_a_file_that_no_node_names_is_a_warning(ramdisk: RamDisk) -> None:
     outputs = {"3": {"images": [put(ramdisk, "a.png"), {**put(ramdisk, "video/b.mp4"), "subfolder": "video/"}]}}
+    outputs["4"] = {"images": [put(ramdisk, f"batch_{number:05}_.png") for number in range(300)]}
     put(ramdisk, "video/b.png")  # beside the video, and of its name
     put(ramdisk, "video/b-audio.mp4")
     put(ramdisk, "preview.png", kind="temp")  # previews are nothing that somebody saved
