@@ -107,7 +107,7 @@ MUTANTS = [
     Mutant("a flipped byte", "worker/media.py", "if zlib.crc32(view[position + 4 : body_end]) !=", "if zlib.crc32(b'') ==", f"{PAYLOAD} -k flipped"),
     Mutant("size limit", "worker/delivery.py", "elif body_bytes > self.limit_bytes:", "elif False:", "tests/unit/test_delivery.py"),
     Mutant("size limit: all that is posted", "rp_handler.py", '"timings_ms": WIDEST_TIMINGS_MS,', "", f"{RESULTS} -k just_under"),
-    Mutant("size limit: texts beside links", "worker/delivery.py", "self._check_without_files(result)  # before", "pass  # before", f"{RESULTS} -k texts_too"),
+    Mutant("size limit: texts beside links", "worker/delivery.py", "self._check_without_files(result, \"files go into the bucket, but texts do not; ask for less text\")", "pass", f"{RESULTS} -k texts_too"),
     Mutant("size limit: failures", "worker/delivery.py", "if posted_bytes(failure) <= limit_bytes:", "if True:", f"{RESULTS} -k posted_is_cut"),
     Mutant("loaders: linked names", "worker/workflow_checks.py", "if workflow[source][\"class_type\"] not in _CONSTANTS:", "if True:", f"{PAYLOAD} -k not_sent"),
     Mutant("loaders: names that are computed", "worker/workflow_checks.py", "            if known:\n", "            if False:\n", "tests/unit/test_workflow_checks.py"),

@@ -25,6 +25,7 @@ class InProcess:
             "RAMDISK_DIR": str(driver.ramdisk),
             "COMFYUI_PORT": driver.worker.settings["COMFYUI_PORT"],
             "INTERRUPT_GRACE_S": "1",
+            "ALLOW_URL_INPUTS": "1",
         }
         self._endpoint = rp_handler.Endpoint(rp_handler.Worker(Config.from_env(settings)))
 

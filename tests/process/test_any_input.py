@@ -53,7 +53,7 @@ VALUES = st.recursive(
 NAMES = (
     st.sampled_from(["a.png", "b.png", "sub/a.png", "../a.png", "/etc/hostname", "a.png [output]", "%width%/x"]) | TEXTS
 )
-NODE_IDS = st.sampled_from(["1", "2", "3", "4", "57:8"])
+NODE_IDS = st.sampled_from(["1", "2", "3", "4", "57:8", "n" * 200, "n" * 201])
 LINKS = st.tuples(NODE_IDS, st.integers(-1, 2)).map(list)
 NODES = st.fixed_dictionaries(
     {
@@ -74,7 +74,8 @@ def damaged_workflows(draw: st.DrawFn) -> dict[str, Any]:
     return workflow | draw(st.dictionaries(NODE_IDS | TEXTS, NODES, max_size=2))
 
 
-CONTENTS = st.sampled_from([CODED, CODED[:-8], CODED[:40], f"data:image/png;base64,{CODED}"]) | TEXTS | VALUES
+URLS = st.sampled_from(["https://127.0.0.1/a.png", "https://[::1]:9/", "http://x/", "https://a@b/c", "https://"])
+CONTENTS = st.sampled_from([CODED, CODED[:-8], CODED[:40], f"data:image/png;base64,{CODED}"]) | URLS | TEXTS | VALUES
 FILES = st.dictionaries(NAMES, CONTENTS, max_size=2) | VALUES
 LISTED = st.lists(st.fixed_dictionaries({"name": NAMES, "image": CONTENTS}), max_size=2)
 # One thing at a time is wrong, or the first that is hides the others; and sometimes all of it.
@@ -88,6 +89,8 @@ KEY_JOBS = st.fixed_dictionaries(
         "debug": st.booleans() | VALUES,
         "timeout_s": st.floats(0.5, 20) | VALUES,
         "comfy_org_api_key": TEXTS | VALUES,
+        "output_format": st.sampled_from(["png", "webp", "jpeg", "gif"]) | VALUES,
+        "output_quality": st.integers(0, 101) | VALUES,
         "filse": VALUES,
     },
 )
