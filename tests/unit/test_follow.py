@@ -600,27 +600,30 @@ class Chatter(Feed):
         return {"type": "some.monitor", "data": {"cpu": 50}}
 
 
-class Stalled(Feed):
-    """What ComfyUI has sent arrives only when the prompt has long ended."""
-
-    opened_at = 0.0
-
-    def open(self) -> None:
-        super().open()
-        self.opened_at = time.monotonic()
-
-    def receive(self, timeout_s: float) -> bytes | dict[str, Any] | None:
-        if time.monotonic() - self.opened_at < 0.8:
-            time.sleep(timeout_s)
-            return None
-        return super().receive(timeout_s)
-
-
 def test_pictures_that_wait_in_the_websocket_when_the_end_is_found_are_read(
     comfyui: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ended = threading.Event()
+    ask = comfyui.history
+
+    class Stalled(Feed):
+        """What ComfyUI has sent arrives only when its history has told the end."""
+
+        def receive(self, timeout_s: float) -> bytes | dict[str, Any] | None:
+            if ended.is_set():
+                return super().receive(timeout_s)
+            time.sleep(timeout_s)
+            return None
+
+    def history(prompt_id: str) -> dict[str, Any] | None:
+        record = ask(prompt_id)
+        if record is not None:
+            ended.set()
+        return record
+
+    monkeypatch.setattr(comfyui, "history", history)
     monkeypatch.setattr(follow, "Feed", Stalled)
-    monkeypatch.setattr(follow, "QUIET_S", 0.75)
+    monkeypatch.setattr(follow, "QUIET_S", 0.1)
     workflow = save_workflow()
     workflow["2"] = {"class_type": "SaveImageWebsocket", "inputs": {"images": ["1", 0]}}
     assert len(run(comfyui, workflow).socket_images) == 1
