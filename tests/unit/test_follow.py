@@ -627,6 +627,7 @@ def test_pictures_that_wait_in_the_websocket_when_the_end_is_found_are_read(
     workflow = save_workflow()
     workflow["2"] = {"class_type": "SaveImageWebsocket", "inputs": {"images": ["1", 0]}}
     assert len(run(comfyui, workflow).socket_images) == 1
+    assert len(comfyui.submitted) == 1
 
 
 @pytest.mark.parametrize("trouble", [Refused, Silent, Cut, LosesTheLastMessage, Chatter])
