@@ -136,17 +136,15 @@ class RamDisk:
 
     def _size_below(self, name: str) -> int:
         total_bytes = 0
-        if (self.root / name).is_symlink():  # os.walk and os.scandir would follow it
-            return 0
-        for folder, _, files in os.walk(self.root / name):
-            for file in files:
-                with contextlib.suppress(OSError):
-                    total_bytes += os.lstat(Path(folder, file)).st_size
+        for path in self.list_files((name,)):
+            with contextlib.suppress(OSError):
+                total_bytes += os.lstat(self.root / path).st_size
         return total_bytes
 
     def list_files(self, directories: tuple[str, ...] = JOB_DIRECTORIES, most: int | None = None) -> list[str]:
         """Paths below ``root`` of what is there, sorted; at most ``most`` of them."""
         found: list[str] = []
+        # os.scandir would follow a folder that is a symlink.
         pending = [self.root / name for name in directories if not (self.root / name).is_symlink()]
         while pending and (most is None or len(found) < most):
             with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:

@@ -98,7 +98,7 @@ def check_save_paths(workflow: Workflow) -> None:
                 if name in _PREFIX_INPUTS:
                     folder = posixpath.dirname(folder)  # the last part is the beginning of a name
                 if _leaves(folder):
-                    where = shown_node(node_id, title_of(workflow, node_id), node["class_type"])
+                    where = _node(workflow, node_id)
                     raise WorkflowInvalid(
                         f"{where}: {name} is {_shown(path)}, which leaves the output directory; "
                         "it must be relative, without '..'.",
@@ -158,7 +158,7 @@ def _texts(workflow: Workflow, node_id: str, input_name: str, *, known: bool) ->
     while (source := link_of(value)) in workflow and source not in followed:
         if workflow[source]["class_type"] not in _CONSTANTS:
             if known:
-                where = shown_node(node_id, title_of(workflow, node_id), workflow[node_id]["class_type"])
+                where = _node(workflow, node_id)
                 sentence = f"{where}: {_shown(input_name)} is linked; write the name of the file or folder there."
                 raise WorkflowInvalid(sentence, node_id=node_id)
             return []
@@ -197,6 +197,10 @@ def _not_there(workflow: Workflow, files: list[_Loaded], sent: Collection[str], 
 # --- sentences -------------------------------------------------------------------------------------------------------
 
 
+def _node(workflow: Workflow, node_id: str) -> str:
+    return shown_node(node_id, title_of(workflow, node_id), workflow[node_id]["class_type"])
+
+
 def _refusal(files: list[_Loaded], sentences: list[str], sent: Collection[str]) -> WorkflowInvalid:
     if len(files) > MAX_SENTENCES:
         sentences.append(f"{len(files) - MAX_SENTENCES} more files are not listed.")
@@ -205,7 +209,7 @@ def _refusal(files: list[_Loaded], sentences: list[str], sent: Collection[str]) 
 
 
 def _loose_sentence(workflow: Workflow, node_id: str) -> str:
-    where = shown_node(node_id, title_of(workflow, node_id), workflow[node_id]["class_type"])
+    where = _node(workflow, node_id)
     name, end = next(link for link in links_of(workflow, node_id) if link[1] not in workflow)
     return f"{where}: {_shown(name)} is linked to node {_shown(end)}, which the workflow does not have."
 
@@ -225,7 +229,7 @@ def _missing_sentence(workflow: Workflow, file: _Loaded, sent: Collection[str]) 
 
 
 def _where(workflow: Workflow, file: _Loaded) -> str:
-    node = shown_node(file.node_id, title_of(workflow, file.node_id), workflow[file.node_id]["class_type"])
+    node = _node(workflow, file.node_id)
     return f"{node}: {file.input_name} names {_shown(file.name)}"
 
 

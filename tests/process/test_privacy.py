@@ -118,7 +118,7 @@ def test_what_a_job_wrote_is_zeros_whichever_way_it_ended(
             driver.cancel(job_id)
     assert {path.parts[0] for path in held} == {"input", "output", "temp"}
     assert {str(path.parent) for path in held} >= {"input/deep", "output/deep/er", "temp", "temp/folder"}
-    row.sees(driver.finish(job_id), ending)
+    row.ends(driver.finish(job_id), ending)
     wait_until(lambda: driver.job_files() == [], "the job is wiped")
     for path, stream in held.items():
         assert is_zeros(stream), path
@@ -194,7 +194,7 @@ def test_after_mixed_jobs_the_marker_is_nowhere(row: Row, driver: Driver) -> Non
     answers = []
     for job, ending in mixed_jobs():
         answers.append(driver.run(job))
-        row.sees(answers[-1], ending)
+        row.ends(answers[-1], ending)
     kept = [Path(path) for path in answers[-1]["output"]["debug"]["files"]]
     assert kept == driver.job_files()
     assert {*kept} <= {*files_with_marker(driver.ramdisk)}  # it can be found where it is
@@ -294,7 +294,7 @@ def test_a_comfyui_that_is_restarted_after_each_job_has_nothing_of_it(row: Row, 
             wait_until(restarting.comfyui_runs, "the job runs")
             found = count_in_memory(pid)
             assert found > 0
-        row.sees(restarting.finish(job_id), ending)
+        row.ends(restarting.finish(job_id), ending)
         left = count_in_memory(wait_for_another(restarting, pid))
         print(
             f"{ending}: the marker in ComfyUI's memory {found or 'not counted'} times during the job, {left} after it"
