@@ -1,6 +1,7 @@
-# comfy-endpoint: ComfyUI at a pinned version in /ComfyUI, the worker in /opt/worker, no model.
+# comfy-endpoint: ComfyUI at a pinned version in /ComfyUI, the worker in /opt/worker, and the models that MODELS names.
 #
 #   docker build -t comfy-endpoint .        another ComfyUI: --build-arg COMFYUI_REF=<tag, branch or commit>
+#   docker build --build-arg MODELS=RepoID:Filename:Target,... --secret id=HF_TOKEN,env=HF_TOKEN .
 #
 # Layers are ordered by how seldom they change: a new worker is some hundred kB to push and pull, and a new ComfyUI does
 # not move torch. Only features that Docker, buildah and podman share.
@@ -29,7 +30,7 @@ RUN git init -q . \
 
 
 # hadolint ignore=DL3006
-FROM ${BASE_IMAGE}
+FROM ${BASE_IMAGE} AS base
 
 # openssh-server  debugging through a tunnel. start.sh runs it only with PUBLIC_KEY and makes the host key at boot:
 #                 the keys that the package makes would be the same, and known, on every machine
@@ -72,3 +73,12 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 # SSH. ComfyUI listens on 127.0.0.1 only.
 EXPOSE 22
 ENTRYPOINT ["tini", "--", "/opt/worker/start.sh"]
+
+
+# The same with models, in a layer of their own. The token is a build secret: it is in no layer and no history. Without
+# MODELS this is the base.
+FROM base AS baked
+ARG MODELS=
+RUN --mount=type=secret,id=HF_TOKEN \
+    if [ -f /run/secrets/HF_TOKEN ]; then HF_TOKEN=$(cat /run/secrets/HF_TOKEN); export HF_TOKEN; fi \
+    && MODELS="$MODELS" .venv/bin/python utils.py

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import runpod.serverless
@@ -185,6 +186,7 @@ class Worker:
             "files": [str(self.ramdisk.root / path) for path in self.ramdisk.list_files(most=MAX_LISTED_FILES)],
             "free_bytes": self.ramdisk.free_bytes(),
             "comfyui_log": self.process.log_tail(),
+            "models": [asdict(record) for record in read_manifest(self.config.ramdisk_dir / "run" / "models.json")],
         }
 
 

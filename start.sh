@@ -41,7 +41,8 @@ setup_environment() {
     : "${COMFYUI_DIR:=/ComfyUI}" "${COMFYUI_PORT:=8188}" "${COMFYUI_ARGS:=}" "${COMFYUI_LOG:=boot}"
     : "${COMFYUI_PYTHON:=$COMFYUI_DIR/.venv/bin/python}" "${WORKER_PYTHON:=$WORKER_DIR/.venv/bin/python}"
     : "${COMFYUI_MAX_DEATHS:=3}" "${RAMDISK_DIR:=/dev/shm/comfyui}" "${RAMDISK_MIN_MB:=256}" "${API_NODES:=0}"
-    : "${MODELS:=}" "${PUBLIC_KEY:=}" "${SSH_PORT:=22}" "${SSH_DIR:=/etc/ssh/comfy-endpoint}"
+    : "${MODELS:=}" "${MODELS_FILE:=}" "${VOLUME_DIRS:=/runpod-volume:/workspace}" "${PREFETCH_FRACTION:=0.5}"
+    : "${PUBLIC_KEY:=}" "${SSH_PORT:=22}" "${SSH_DIR:=/etc/ssh/comfy-endpoint}"
     if [[ -z ${MODE:-} ]]; then
         if [[ -n ${RUNPOD_WEBHOOK_GET_JOB:-} ]]; then MODE=serverless; else MODE=pod; fi
     fi
@@ -49,7 +50,7 @@ setup_environment() {
     for name in COMFYUI_DIR COMFYUI_PYTHON WORKER_PYTHON RAMDISK_DIR; do # a relative path would mean another after cd
         [[ ${!name} != */* || ${!name} == /* ]] || printf -v "$name" '%s/%s' "$PWD" "${!name}"
     done
-    export COMFYUI_DIR COMFYUI_PORT RAMDISK_DIR MODELS
+    export COMFYUI_DIR COMFYUI_PORT RAMDISK_DIR MODELS MODELS_FILE VOLUME_DIRS PREFETCH_FRACTION
     ulimit -c 0 # a crash must not write a job's memory to a disk
     # Our own checks say what is wrong; the SDK's would end the worker over a full model disk or a closed network.
     export RUNPOD_SKIP_AUTO_SYSTEM_CHECKS=true RUNPOD_SKIP_GPU_CHECK=true
@@ -157,15 +158,38 @@ note() {
     { printf '%s\n' "$*" >"$file.part" && mv -- "$file.part" "$file"; } 2>/dev/null
 }
 
-# usage: start_models   links at once what needs no network; downloads the rest beside ComfyUI's boot
+# usage: start_models   links at once what needs no network; downloads the rest beside ComfyUI's boot, and reads what is
+#                       there into memory meanwhile
 start_models() {
-    if [[ -z $MODELS ]]; then
+    write_model_paths || log WARNING "ComfyUI is not told of the models on network volumes: the RAM disk is full."
+    if [[ -z $MODELS && -z $MODELS_FILE ]]; then
         touch -- "$RAMDISK_DIR/run/models-settled"
         return 0
     fi
     "$WORKER_PYTHON" "$WORKER_DIR/utils.py" --link-only >&2 || log ERROR "MODELS has entries that cannot be used (above)."
     "$WORKER_PYTHON" "$WORKER_DIR/utils.py" >&2 &
     models_pid=$!
+    [[ $PREFETCH_FRACTION == 0 ]] || "$WORKER_PYTHON" "$WORKER_DIR/utils.py" --prefetch >&2 &
+}
+
+# usage: write_model_paths   for ComfyUI: the folders below VOLUME_DIRS/models, so that files put there by hand are found
+write_model_paths() {
+    local volume folder number=0 file=$RAMDISK_DIR/run/extra_model_paths.yaml
+    # Those that people make later are looked into as well.
+    local usual=(checkpoints clip_vision controlnet diffusion_models embeddings loras style_models text_encoders
+        upscale_models vae)
+    local -A names
+    while IFS= read -rd : volume; do
+        [[ -d $volume/models ]] || continue
+        names=()
+        for folder in "${usual[@]/#//}" "$volume"/models/*/; do
+            folder=${folder%/} folder=${folder##*/}
+            # ComfyUI loads code from custom_nodes; other characters would have to be quoted.
+            [[ ! $folder =~ ^[A-Za-z0-9_.-]+$ || $folder == custom_nodes || $folder == configs ]] || names[$folder]=1
+        done
+        printf 'volume_%d:\n  base_path: "%s/models"\n' $((number += 1)) "${volume//[\\\"]/\\&}" >>"$file" || return 1
+        printf '  %s: %s\n' "${!names[@]}" >>"$file" || return 1
+    done <<<"$VOLUME_DIRS:"
 }
 
 # usage: on_models_end EXIT_CODE   a missing model refuses the jobs that need it, not the whole worker
@@ -186,6 +210,8 @@ start_comfyui() {
         --user-directory "$RAMDISK_DIR/user" --database-url sqlite:///:memory:
     )
     [[ $API_NODES == 1 ]] || args+=(--disable-api-nodes) # a second of boot (0.18.1)
+    [[ ! -s $RAMDISK_DIR/run/extra_model_paths.yaml ]] ||
+        args+=(--extra-model-paths-config "$RAMDISK_DIR/run/extra_model_paths.yaml")
     touch -- "$log_file"
     log_start=$(($(stat -c %s -- "$log_file") + 1))
     generation=$((generation + 1))

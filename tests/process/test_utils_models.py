@@ -16,8 +16,8 @@ from hub_server import MEMBER_TOKEN, STRANGER_TOKEN, HubServer, running_hub
 from huggingface_hub import constants, hf_hub_download
 
 from worker.models import ModelError
-from worker.models.download import METADATA_WAITS_S, download
 from worker.models.grammar import ModelEntry
+from worker.models.hub import RETRY_WAITS_S, metadata_of
 
 UTILS = Path(__file__).parents[2] / "utils.py"
 ALL_THERE, SOME_MISSING, BAD_CONFIGURATION = 0, 1, 2
@@ -360,9 +360,9 @@ def test_only_what_may_pass_is_tried_again(
     waits_s: list[float] = []
     entry = ModelEntry("org/name", None, "a.pth", bench.models / "vae/a.pth")
     with pytest.raises(ModelError, match=re.escape(sentence)):
-        download(entry, token=None, sleep=waits_s.append)
+        metadata_of(entry, None, waits_s.append)
     assert len(bench.hub.requests) == attempts
-    assert tuple(waits_s) == METADATA_WAITS_S[: attempts - 1]
+    assert tuple(waits_s) == RETRY_WAITS_S[: attempts - 1]
     assert not bench.models.exists()
 
 
@@ -373,8 +373,8 @@ def test_no_network_is_one_sentence_without_the_token(bench: Bench, monkeypatch:
     entry = ModelEntry("org/name", None, "a.pth", bench.models / "vae/a.pth")
     waits_s: list[float] = []
     with pytest.raises(ModelError) as caught:
-        download(entry, token=MEMBER_TOKEN, sleep=waits_s.append)
-    assert tuple(waits_s) == METADATA_WAITS_S
+        metadata_of(entry, MEMBER_TOKEN, waits_s.append)
+    assert tuple(waits_s) == RETRY_WAITS_S
     assert f"no connection to http://mirror:***@{address} (ConnectError: [Errno 111]" in str(caught.value)
     assert MEMBER_TOKEN not in str(caught.value)
 

@@ -11,7 +11,7 @@ from worker.models.manifest import ModelRecord, read_manifest, sentence_about, w
 
 def record(name: str, *, source: str | None = "host cache", error: str | None = None) -> ModelRecord:
     path = f"/ComfyUI/models/vae/{name}"
-    return ModelRecord(name, f"org/repo:{name}", path, source, 5 if source else None, 0.1, error)
+    return ModelRecord(name, f"org/repo:{name}", path, source, 5 if source else None, 0.1, None, error)
 
 
 def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.models.grammar import ModelEntry
-from worker.models.sources import Plan, Source, find_flaw, find_in_host_cache, link, plan
+from worker.models.sources import Places, Plan, Source, find_flaw, find_in_cache, link, plan
 
 
 def safetensors(data: bytes = b"\0" * 16, header: bytes | None = None) -> bytes:
@@ -119,7 +119,7 @@ def test_refs_main_names_the_snapshot(cache: Path, place: Path) -> None:
     cache_file(cache, "models--org--name", "aaaa", "sub/a.safetensors", safetensors(b"old"))
     blob = cache_file(cache, "models--org--name", "bbbb", "sub/a.safetensors", safetensors(b"new"))
     set_ref(cache, "models--org--name", "main", "bbbb\n")
-    assert find_in_host_cache(entry_for(place), cache) == blob
+    assert find_in_cache(entry_for(place), cache) == blob
 
 
 @pytest.mark.parametrize("ref", [None, "", "cccc", "../../..", "\0", "ä"])
@@ -128,14 +128,14 @@ def test_without_a_usable_ref_it_is_the_first_snapshot_by_name(cache: Path, plac
     blob = cache_file(cache, "models--org--name", "aaaa", "sub/a.safetensors", safetensors(b"first"))
     if ref is not None:
         set_ref(cache, "models--org--name", "main", ref)
-    assert find_in_host_cache(entry_for(place), cache) == blob
+    assert find_in_cache(entry_for(place), cache) == blob
 
 
 def test_a_snapshot_without_the_file_is_passed_over(cache: Path, place: Path) -> None:
     cache_file(cache, "models--org--name", "aaaa", "other.safetensors", safetensors())
     set_ref(cache, "models--org--name", "main", "aaaa")
     blob = cache_file(cache, "models--org--name", "bbbb", "sub/a.safetensors", safetensors())
-    assert find_in_host_cache(entry_for(place), cache) == blob
+    assert find_in_cache(entry_for(place), cache) == blob
 
 
 def test_a_revision_is_a_ref_or_a_commit(cache: Path, place: Path) -> None:
@@ -143,35 +143,35 @@ def test_a_revision_is_a_ref_or_a_commit(cache: Path, place: Path) -> None:
     new = cache_file(cache, "models--org--name", "bbbb", "sub/a.safetensors", safetensors(b"new"))
     set_ref(cache, "models--org--name", "main", "bbbb")
     set_ref(cache, "models--org--name", "refs/pr/1", "aaaa")
-    assert find_in_host_cache(entry_for(place, revision="refs/pr/1"), cache) == old
-    assert find_in_host_cache(entry_for(place, revision="aaaa"), cache) == old
-    assert find_in_host_cache(entry_for(place, revision="bbbb"), cache) == new
+    assert find_in_cache(entry_for(place, revision="refs/pr/1"), cache) == old
+    assert find_in_cache(entry_for(place, revision="aaaa"), cache) == old
+    assert find_in_cache(entry_for(place, revision="bbbb"), cache) == new
 
 
 def test_a_revision_that_is_not_cached_is_not_replaced_by_another(cache: Path, place: Path) -> None:
     cache_file(cache, "models--org--name", "aaaa", "sub/a.safetensors", safetensors())
     set_ref(cache, "models--org--name", "main", "aaaa")
-    assert find_in_host_cache(entry_for(place, revision="v2"), cache) is None
+    assert find_in_cache(entry_for(place, revision="v2"), cache) is None
 
 
 def test_the_lower_cased_folder_of_some_hosts(cache: Path, place: Path) -> None:
     blob = cache_file(cache, "models--org--name", "aaaa", "sub/a.safetensors", safetensors())
-    assert find_in_host_cache(entry_for(place, repo_id="Org/Name"), cache) == blob
+    assert find_in_cache(entry_for(place, repo_id="Org/Name"), cache) == blob
 
 
 def test_a_broken_blob_is_not_used(cache: Path, place: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache_file(cache, "models--org--name", "aaaa", "sub/a.safetensors", safetensors()[:-1])
-    assert find_in_host_cache(entry_for(place), cache) is None
+    assert find_in_cache(entry_for(place), cache) is None
     assert "is not used" in caplog.text
 
 
 def test_a_dangling_snapshot_is_not_used(cache: Path, place: Path) -> None:
     cache_file(cache, "models--org--name", "aaaa", "sub/a.safetensors", safetensors()).unlink()
-    assert find_in_host_cache(entry_for(place), cache) is None
+    assert find_in_cache(entry_for(place), cache) is None
 
 
 def test_no_cache_at_all(cache: Path, place: Path) -> None:
-    assert plan(entry_for(place), cache) == Plan(Source.DOWNLOAD)
+    assert plan(entry_for(place), Places(place.parents[1], cache)) == Plan(Source.DOWNLOAD)
 
 
 def test_a_cache_that_cannot_be_read_leaves_the_download(
@@ -180,7 +180,7 @@ def test_a_cache_that_cannot_be_read_leaves_the_download(
     ref = cache / "models--org--name" / "refs" / "main"
     ref.parent.mkdir(parents=True)
     ref.symlink_to(ref)
-    assert plan(entry_for(place), cache) == Plan(Source.DOWNLOAD)
+    assert plan(entry_for(place), Places(place.parents[1], cache)) == Plan(Source.DOWNLOAD)
     assert "the host cache cannot be read" in caplog.text
 
 
@@ -191,7 +191,7 @@ def test_a_whole_file_in_place_is_kept_even_with_a_cache(cache: Path, place: Pat
     cache_file(cache, "models--org--name", "aaaa", "sub/a.safetensors", safetensors(b"cached"))
     place.parent.mkdir(parents=True)
     place.write_bytes(safetensors(b"mine"))
-    assert plan(entry_for(place), cache) == Plan(Source.IN_PLACE)
+    assert plan(entry_for(place), Places(place.parents[1], cache)) == Plan(Source.IN_PLACE)
 
 
 @pytest.mark.parametrize("before", ["nothing", "dangling link", "broken file"])
@@ -203,13 +203,13 @@ def test_a_link_is_made_or_repaired(cache: Path, place: Path, before: str) -> No
         place.symlink_to(cache / "gone")
     if before == "broken file":
         place.write_bytes(safetensors()[:-1])
-    step = plan(entry_for(place), cache)
+    step = plan(entry_for(place), Places(place.parents[1], cache))
     assert step == Plan(Source.HOST_CACHE, blob)
-    assert step.blob is not None
-    link(step.blob, place)
+    assert step.file is not None
+    link(step.file, place)
     assert place.readlink() == blob
     assert [path.name for path in place.parent.iterdir()] == ["a.safetensors"]
-    assert plan(entry_for(place), cache) == Plan(Source.IN_PLACE)
+    assert plan(entry_for(place), Places(place.parents[1], cache)) == Plan(Source.IN_PLACE)
 
 
 def test_the_leftover_of_a_killed_run_is_no_obstacle(cache: Path, place: Path) -> None:

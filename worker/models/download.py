@@ -1,146 +1,281 @@
-"""Download one model with huggingface_hub: whole under its final name, or not there at all.
+"""Downloads, several at a time: each file whole under its final name, or not there at all.
 
-huggingface_hub is imported in the functions, because it takes a third of a second and a worker whose models are all
-in the host cache never needs it.
+A file comes into a staging folder beside its destination, and nowhere else: models/ and its folders may be mounts of
+their own, and os.replace does not cross them. ComfyUI does not list what lies there: its name ends in .incomplete.
 """
 
-import errno
-import os
-import re
+from __future__ import annotations
+
+import contextlib
+import hashlib
 import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.models import ModelError
 from worker.models.grammar import ModelEntry
-from worker.models.sources import find_flaw
+from worker.models.hub import explained, metadata_of, retried
+from worker.models.lease import STALE_S, age_s, heartbeat, lease
+from worker.models.sources import find_flaw, link
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
 
-METADATA_WAITS_S = (0.5, 2.0)  # between the attempts; each of them ends after HF_HUB_ETAG_TIMEOUT (10 s)
-TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+PARALLEL = 4
+PROGRESS_EVERY_S = 5.0
+HASH_CHUNK_BYTES = 8 << 20
+STAGING_PREFIX = ".download-"
+ALIVE = "alive"  # the file in a staging folder that its owner touches
 
 
-def download(entry: ModelEntry, *, token: str | None, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Fetch a model to `entry.path`, over whatever is there. `token`: a Hugging Face token, or None.
+@dataclass
+class Download:
+    """One file to fetch. `place`: where it is stored, which is `entry.path`, or on a network volume."""
 
-    The metadata is asked for three times at most (33 s), a broken connection resumed by huggingface_hub (5 times
-    without progress; file_download.py, http_get, 2.4.0). Raises ModelError.
+    entry: ModelEntry
+    place: Path
+    is_shared: bool
+    """whether other hosts see the place"""
+    metadata: HfFileMetadata | None = None
+    sha256: str | None = None
+    seconds: float = 0.0
+    error: ModelError | None = None
+    staging: Path | None = field(default=None, repr=False)
+    lease: Path | None = field(default=None, repr=False)
+
+    @property
+    def size_bytes(self) -> int:
+        return (self.metadata.size if self.metadata else None) or 0
+
+    @property
+    def expected_sha256(self) -> str | None:
+        """The hub's ETag of a large file; huggingface_hub 2.4.0 does not hold the file against it."""
+        etag = (self.metadata.etag if self.metadata else None) or ""
+        return etag if len(etag) == 64 else None
+
+    def abandon(self) -> None:
+        """Take away what lies on the disk before it is done."""
+        if self.staging:
+            shutil.rmtree(self.staging, ignore_errors=True)
+        if self.lease:
+            self.lease.unlink(missing_ok=True)
+
+    def fetched_bytes(self) -> int:
+        """What has come so far."""
+        total = 0
+        with contextlib.suppress(OSError):
+            for path in self.staging.rglob("*") if self.staging else ():
+                total += path.stat().st_size if path.is_file() else 0
+        return total
+
+
+def run_downloads(
+    downloads: Sequence[Download],
+    *,
+    token: str | None,
+    say: Callable[[str], None],
+    parallel: int = PARALLEL,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Fetch all of them, biggest first; each has its `error` or its place afterwards. Raises nothing for one alone.
+
+    Space is reckoned in the order given, before the first byte.
     """
-    if token and not re.fullmatch("[!-~]+", token):  # httpx would show the value in its error
-        raise ModelError(f"{entry.source}: HF_TOKEN holds characters that no token has; paste it again")
-    # Else huggingface_hub 2.4.0 first asks the hub for a list of AI agents, for its user agent (_detect_agent.py).
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import httpx2
-
+    ask_all(downloads, token, sleep)
+    _reserve_space(downloads)
+    waiting = sorted((one for one in downloads if one.error is None), key=lambda one: -one.size_bytes)
+    if not waiting:
+        return
+    pool = ThreadPoolExecutor(parallel)
     try:
-        _download(entry, token, sleep)
-    # RuntimeError: from hf_xet; ValueError: from huggingface_hub, for files that it cannot fetch
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, RuntimeError, ValueError) as error:
-        sentence = explain(error, entry, token)
-        raise ModelError(f"{entry.source}: {sentence.replace(token, '***') if token else sentence}") from error
+        with _progress(waiting, say):
+            list(pool.map(lambda download: _fetch(download, token, sleep), waiting))
+    except BaseException:  # SIGTERM: nothing may stay behind, and the threads wait for the network
+        pool.shutdown(wait=False, cancel_futures=True)
+        for download in waiting:
+            download.abandon()
+        raise
+    pool.shutdown()
 
 
-def _download(entry: ModelEntry, token: str | None, sleep: Callable[[float], None]) -> None:
+def ask_all(downloads: Sequence[Download], token: str | None, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Size and sha256 of each, or its `error`."""
+    with ThreadPoolExecutor(2 * PARALLEL) as pool:
+        list(pool.map(lambda download: _ask(download, token, sleep), downloads))
+
+
+def _ask(download: Download, token: str | None, sleep: Callable[[float], None]) -> None:
+    try:
+        download.metadata = metadata_of(download.entry, token, sleep)
+    except ModelError as error:
+        download.error = error
+
+
+def _reserve_space(downloads: Sequence[Download]) -> None:
+    """Refuse what does not fit, also beside the ones before it. Orphans of killed runs are removed first."""
+    free_bytes: dict[int, int] = {}
+    for download in downloads:
+        if download.error is not None:
+            continue
+        folder = download.place.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_orphans(folder, is_shared=download.is_shared)
+            device = folder.stat().st_dev
+            free = free_bytes.setdefault(device, shutil.disk_usage(folder).free)
+        except OSError as error:
+            download.error = ModelError(f"{download.entry.source}: {error.filename or folder}: {error.strerror}")
+            continue
+        if download.size_bytes > free:
+            download.error = ModelError(
+                f"{download.entry.source}: no space: it has {download.size_bytes / 1e6:,.1f} MB, and {folder} has"
+                f" {free / 1e6:,.1f} MB free; give the container a larger disk"
+            )
+        else:
+            free_bytes[device] = free - download.size_bytes
+
+
+def remove_orphans(folder: Path, *, is_shared: bool) -> None:
+    """Take away what killed runs have left in a folder. Raises OSError.
+
+    On a disk of our own that is every staging folder whose lock is free: the kernel releases a dead process's lock.
+    On a volume that other hosts see, a lock says nothing; there the age of the heartbeat decides.
+    """
+    for staging in folder.glob(f"{STAGING_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):  # its owner has just ended
+            if age_s(staging / ALIVE) > STALE_S if is_shared else not _is_locked(staging / ALIVE):
+                shutil.rmtree(staging)
+
+
+def _is_locked(path: Path) -> bool:
+    import fcntl
+
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A folder for one download, which others know to be alive for as long as the block runs."""
+    import fcntl
+
+    with tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=folder) as name:
+        alive = Path(name, ALIVE)
+        with alive.open("w") as file, heartbeat(alive):
+            with contextlib.suppress(OSError):  # a volume without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield Path(name)
+
+
+def _fetch(download: Download, token: str | None, sleep: Callable[[float], None]) -> None:
+    started_s = time.monotonic()
+    try:
+        with explained(download.entry, token):
+            if download.is_shared:
+                lock = download.place.with_name(f".{download.place.name}.lease")
+                with lease(lock, is_done=lambda: _is_there(download), sleep=sleep) as is_ours:
+                    if is_ours:
+                        download.lease = lock
+                        _fetch_here(download, token, sleep)
+                        download.lease = None
+                link(download.place, download.entry.path)
+            else:
+                _fetch_here(download, token, sleep)
+    except ModelError as error:
+        download.error = error
+    download.seconds = time.monotonic() - started_s
+
+
+def _is_there(download: Download) -> bool:
+    path = download.place
+    size_bytes = download.size_bytes or None
+    return path.is_file() and size_bytes in (None, path.stat().st_size) and find_flaw(path) is None
+
+
+def _fetch_here(download: Download, token: str | None, sleep: Callable[[float], None]) -> None:
+    """Two attempts: a body that came wrong may come right, and huggingface_hub itself resumes a broken connection."""
+    for is_last in (False, True):
+        with _staging(download.place.parent) as staging:
+            download.staging = staging
+            file = _body(download, staging, token, sleep)
+            flaw = _flaw_of(download, file)
+            if flaw is None:
+                file.replace(download.place)
+                return
+        if is_last:
+            raise ModelError(
+                f"{download.entry.source}: the file that came {flaw}; run again, or ask the owner of the repository"
+            )
+
+
+def _body(download: Download, staging: Path, token: str | None, sleep: Callable[[float], None]) -> Path:
     from huggingface_hub import hf_hub_download
 
-    metadata = _metadata(entry, token, sleep)
-    folder = entry.path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    free_bytes = shutil.disk_usage(folder).free
-    if metadata.size is not None and metadata.size > free_bytes:
-        raise ModelError(
-            f"{entry.source}: no space: it has {metadata.size / 1e6:,.1f} MB, and {folder} has"
-            f" {free_bytes / 1e6:,.1f} MB free; give the container a larger disk"
-        )
-    # Beside the destination and nowhere else: models/ and its folders may be mounts of their own, and os.replace
-    # does not cross them. ComfyUI does not list the partial file: its name ends in .incomplete.
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as staging:
-        file = Path(
-            hf_hub_download(
+    entry, metadata = download.entry, download.metadata
+    return Path(
+        retried(
+            lambda: hf_hub_download(
                 entry.repo_id,
                 entry.filename,
-                revision=metadata.commit_hash or entry.revision,
+                revision=(metadata.commit_hash if metadata else None) or entry.revision,
                 local_dir=staging,
-                token=token,
-            )
+                token=token or False,
+            ),
+            sleep,
         )
-        flaw = find_flaw(file)
-        if flaw:
-            raise ModelError(
-                f"{entry.source}: the file that came {flaw}; run again, or ask the owner of the repository"
+    )
+
+
+def _flaw_of(download: Download, file: Path) -> str | None:
+    """Why the file is not what the hub has; notes its sha256."""
+    if download.expected_sha256 is not None:
+        download.sha256 = sha256_of(file)
+        if download.sha256 != download.expected_sha256:
+            return "has not the content that the hub promises (sha256)"
+    return find_flaw(file)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(HASH_CHUNK_BYTES))
+        while got := file.readinto(buffer):
+            digest.update(buffer[:got])
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _progress(downloads: Sequence[Download], say: Callable[[str], None]) -> Iterator[None]:
+    """A line every few seconds: how many, how much, how fast, how long still."""
+    total_bytes = sum(download.size_bytes for download in downloads)
+    say(f"downloading {len(downloads)} models, {total_bytes / 1e9:.2f} GB")
+    ended, started_s = threading.Event(), time.monotonic()
+
+    def report() -> None:
+        while not ended.wait(PROGRESS_EVERY_S):
+            done = [one for one in downloads if one.seconds]
+            came_bytes = sum(one.size_bytes if one.seconds else one.fetched_bytes() for one in downloads)
+            rate = came_bytes / (time.monotonic() - started_s)
+            left = f", {(total_bytes - came_bytes) / rate:.0f} s left" if rate and came_bytes <= total_bytes else ""
+            say(
+                f"{len(done)} of {len(downloads)} models, {came_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB,"
+                f" {rate / 1e6:.0f} MB/s{left}"
             )
-        file.replace(entry.path)
 
-
-def _metadata(entry: ModelEntry, token: str | None, sleep: Callable[[float], None]) -> "HfFileMetadata":
-    """Size and commit of the file: one HEAD request, up to three times where the hub or the network is unwell.
-
-    Asked before hf_hub_download, because that one hides what went wrong in a LocalEntryNotFoundError.
-    """
-    from httpx2 import TransportError
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
-
-    url = hf_hub_url(entry.repo_id, entry.filename, revision=entry.revision)
-    for wait_s in METADATA_WAITS_S:
-        try:
-            return get_hf_file_metadata(url, token=token)
-        except TransportError:
-            pass
-        except HfHubHTTPError as error:
-            if error.response.status_code not in TRANSIENT_STATUS:
-                raise
-        sleep(wait_s)
-    return get_hf_file_metadata(url, token=token)
-
-
-def explain(error: Exception, entry: ModelEntry, token: str | None) -> str:
-    """What a person can do about an error of huggingface_hub 2.4.0 (errors.py); it may hold the token."""
-    from huggingface_hub import constants, errors
-
-    page = f"{constants.ENDPOINT}/{entry.repo_id}"
-    match error:
-        case errors.LocalEntryNotFoundError(__cause__=Exception() as cause):
-            return explain(cause, entry, token)
-        case errors.GatedRepoError():
-            then = "with the account of HF_TOKEN" if token else "and set HF_TOKEN"
-            return f"the repository is gated: accept its terms at {page} {then}"
-        case errors.RepositoryNotFoundError():
-            then = "let HF_TOKEN's account read it" if token else "set HF_TOKEN"
-            return f"there is no repository at {page}, or it is private: check the RepoID, or {then}"
-        case errors.RevisionNotFoundError():
-            return f"the repository has no revision {entry.revision or 'main'}: look at {page}/tree/main"
-        case errors.RemoteEntryNotFoundError():
-            return f"the repository has no such file: look at {page}/tree/{entry.revision or 'main'}"
-        case errors.DisabledRepoError():
-            return f"Hugging Face has disabled the repository: see {page}"
-        case errors.HfHubHTTPError():
-            return _explain_status(error.response.status_code, token)
-        case errors.OfflineModeIsEnabled():
-            return "it has to be downloaded, but HF_HUB_OFFLINE forbids it: unset it, or put the file in place"
-        case OSError(errno=errno.ENOSPC):
-            return f"no space left at {entry.path.parent}: give the container a larger disk"
-        case OSError(strerror=str(reason)) if error.filename:
-            return f"{error.filename}: {reason}"
-        case OSError() | RuntimeError() | ValueError():
-            return f"the download failed: {_first_line(error)}"
-    return f"no connection to {constants.ENDPOINT} ({type(error).__name__}: {_first_line(error)}): check the network"
-
-
-def _explain_status(status: int, token: str | None) -> str:
-    if status == 401 and token:
-        return "Hugging Face does not accept HF_TOKEN (401): make a new one in your account's settings"
-    if status in (401, 403):
-        return f"access is refused ({status}): HF_TOKEN needs the right to read this repository"
-    if status == 429:
-        return "Hugging Face limits the rate of requests (429): wait some minutes, or set HF_TOKEN"
-    return f"Hugging Face answered with {status}: try again later"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -2,14 +2,18 @@
 
     RepoID[@revision]:Filename:Target[:LocalName]
 
-Entries are separated by commas or newlines; spaces around every part and empty entries are allowed. `Filename` may
-have folders. `Target` is a folder below ComfyUI's `models/` (with or without the leading `models/`), or an absolute
-path below COMFYUI_DIR. `LocalName` is the file's name there; without it the name in the repository is kept.
+Entries are separated by commas or newlines; spaces around every part, empty entries and lines that begin with # are
+allowed. `Filename` may have folders, and `*` and `?` for several files at once: each matches within one part of the
+path, and the files keep their own names. `Target` is a folder below ComfyUI's `models/` (with or without the leading
+`models/`), or an absolute path below COMFYUI_DIR. `LocalName` is the file's name there; without it the name in the
+repository is kept.
 """
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from worker.models import ModelError
@@ -33,9 +37,22 @@ class ModelEntry:
     revision: str | None
     """branch, tag or commit; None: the default branch"""
     filename: str
-    """path inside the repository"""
+    """path inside the repository; or a pattern"""
     path: Path
     """where ComfyUI will find it: absolute, below COMFYUI_DIR"""
+
+    @property
+    def is_pattern(self) -> bool:
+        return "*" in self.filename or "?" in self.filename
+
+    def matching(self, filenames: Iterable[str]) -> "list[ModelEntry]":
+        """Of a pattern: an entry for each of a repository's files that it matches, in the order of their names."""
+        parts = self.filename.split("/")
+        return [
+            replace(self, filename=filename, path=self.path.with_name(PurePosixPath(filename).name))
+            for filename in sorted(filenames)
+            if len(names := filename.split("/")) == len(parts) and all(map(fnmatchcase, names, parts))
+        ]
 
     @property
     def source(self) -> str:
@@ -44,24 +61,37 @@ class ModelEntry:
         return f"{self.repo_id}{revision}:{self.filename}"
 
 
-def parse_models(text: str, comfyui_dir: Path) -> tuple[list[ModelEntry], list[ModelError]]:
-    """Read a MODELS line.
+def parse_models(text: str, comfyui_dir: Path, file_text: str = "") -> tuple[list[ModelEntry], list[ModelError]]:
+    """Read MODELS (`text`) and MODELS_FILE (`file_text`).
 
     Returns the good entries in their order, each file once, and one error for each bad entry; an error names the
     entry's position, counted from 1 without the empty ones. `comfyui_dir` must be absolute. Touches no file.
     """
-    entries: dict[Path, ModelEntry] = {}
+    entries: list[ModelEntry] = []
     errors: list[ModelError] = []
-    written = [entry for entry in map(str.strip, re.split(r"[,\n]", text)) if entry]
-    for position, entry_text in enumerate(written, start=1):
-        try:
-            entry = _parse_entry(entry_text, comfyui_dir)
-            other = entries.setdefault(entry.path, entry)
-            if other != entry:
-                raise ValueError(f"would overwrite {other.source} at {entry.path}: give it a LocalName")
-        except ValueError as error:
-            errors.append(ModelError(f"MODELS entry {position} ({_shown(entry_text)}) {error}"))
-    return list(entries.values()), errors
+    for variable, lines in (("MODELS", text), ("MODELS_FILE", file_text)):
+        kept = "\n".join(line for line in lines.splitlines() if not line.lstrip().startswith("#"))
+        written = [entry for entry in map(str.strip, re.split(r"[,\n]", kept)) if entry]
+        for position, entry_text in enumerate(written, start=1):
+            try:
+                entries.append(_parse_entry(entry_text, comfyui_dir))
+                entries, clashes = each_once(entries)
+                if clashes:
+                    raise ValueError(clashes[0])
+            except ValueError as error:
+                errors.append(ModelError(f"{variable} entry {position} ({_shown(entry_text)}) {error}"))
+    return entries, errors
+
+
+def each_once(entries: Iterable[ModelEntry]) -> tuple[list[ModelEntry], list[str]]:
+    """The entries without those that are there already, and why some cannot be: another goes to the same place."""
+    placed: dict[Path, ModelEntry] = {}
+    clashes = []
+    for entry in entries:
+        other = placed.setdefault(entry.path, entry)
+        if other != entry:
+            clashes.append(f"would overwrite {other.source} at {entry.path}: give it a LocalName")
+    return list(placed.values()), clashes
 
 
 def _parse_entry(text: str, comfyui_dir: Path) -> ModelEntry:
@@ -73,12 +103,13 @@ def _parse_entry(text: str, comfyui_dir: Path) -> ModelEntry:
         raise ValueError(f"has {len(parts)} of the parts RepoID[@revision]:Filename:Target[:LocalName], not 3 or 4")
     repo_id, revision = _parse_repo(parts[0])
     filename = _checked_path("Filename", parts[1])
-    if "*" in filename or "?" in filename:
-        raise ValueError("has a wildcard in its Filename: name one file")
     name = PurePosixPath(filename).name
-    if len(parts) == 4:
-        name = _parse_local_name(parts[3], name)
-    return ModelEntry(repo_id, revision, filename, _parse_target(parts[2], comfyui_dir) / name)
+    entry = ModelEntry(repo_id, revision, filename, _parse_target(parts[2], comfyui_dir) / name)
+    if len(parts) == 3:
+        return entry
+    if entry.is_pattern:
+        raise ValueError("has a LocalName, but its Filename is a pattern: its files keep their names")
+    return replace(entry, path=entry.path.with_name(_parse_local_name(parts[3], name)))
 
 
 def _parse_repo(text: str) -> tuple[str, str | None]:

@@ -22,6 +22,8 @@ class ModelRecord:
     """where it came from (a value of `sources.Source`); None: it is not there"""
     size_bytes: int | None
     seconds: float
+    sha256: str | None
+    """where it is known: of a download that was held against it, of a large file of a Hugging Face cache"""
     error: str | None
     """why it is not there, as one sentence without its full stop; None also while it is still to be downloaded"""
 

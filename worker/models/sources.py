@@ -1,4 +1,4 @@
-"""Where a model may already lie: at its destination, or in the host cache. No network, no huggingface_hub."""
+"""Where a model may already lie: at its destination, in a cache, on a network volume. All without huggingface_hub."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from worker.models.grammar import ModelEntry
+from worker.models.grammar import RENAMED_FOLDERS, ModelEntry
 
 SAFETENSORS_HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit (safetensors/src/tensor.rs, MAX_HEADER_SIZE)
 
@@ -21,7 +21,28 @@ class Source(StrEnum):
 
     IN_PLACE = "in place"
     HOST_CACHE = "host cache"
+    VOLUME = "network volume"
+    LOCAL_CACHE = "local cache"
     DOWNLOAD = "download"
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where copies of models may lie; none of them needs to exist. All absolute."""
+
+    models_dir: Path
+    """ComfyUI's"""
+    host_cache_dir: Path
+    """of RunPod, with huggingface_hub's layout"""
+    volume_dirs: tuple[Path, ...] = ()
+    """the `models` folders of network volumes: below them the same folders as below ComfyUI's"""
+    local_cache_dir: Path | None = None
+    """huggingface_hub's own"""
+
+    @property
+    def caches(self) -> list[tuple[Source, Path]]:
+        local = [(Source.LOCAL_CACHE, self.local_cache_dir)] if self.local_cache_dir else []
+        return [(Source.HOST_CACHE, self.host_cache_dir), *local]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,39 +50,68 @@ class Plan:
     """What has to be done for one entry."""
 
     source: Source
-    blob: Path | None = None
-    """HOST_CACHE: the real file there, absolute"""
+    file: Path | None = None
+    """the real file to link to, absolute; None: there is nothing to link"""
+
+    @property
+    def sha256(self) -> str | None:
+        """Of a large file in a cache, whose name it is there (huggingface_hub 2.4.0, file_download.py)."""
+        return self.file.name if self.file and re.fullmatch("[0-9a-f]{64}", self.file.name) else None
 
 
-def plan(entry: ModelEntry, host_cache_dir: Path) -> Plan:
+def plan(entry: ModelEntry, places: Places) -> Plan:
     """Find the nearest whole copy of a model. Changes nothing.
 
-    Raises OSError where the destination cannot be read; a host cache that cannot be read is a logged warning.
+    Raises OSError where the destination cannot be read; a cache or volume that cannot be read is a logged warning.
     """
     if entry.path.is_file():
         flaw = find_flaw(entry.path)
         if flaw is None:
             return Plan(Source.IN_PLACE)
         log.warning("%s will be replaced: it %s", entry.path, flaw)
-    try:
-        blob = find_in_host_cache(entry, host_cache_dir)
-    except OSError as error:
-        log.warning("the host cache cannot be read: %s", error)
-        blob = None
-    return Plan(Source.HOST_CACHE, blob) if blob else Plan(Source.DOWNLOAD)
+    for source in (Source.HOST_CACHE, Source.VOLUME, Source.LOCAL_CACHE):
+        try:
+            if file := _find(entry, source, places):
+                return Plan(source, file)
+        except OSError as error:
+            log.warning("the %s cannot be read: %s", source, error)
+    return Plan(Source.DOWNLOAD)
 
 
-def find_in_host_cache(entry: ModelEntry, host_cache_dir: Path) -> Path | None:
-    """The real, whole file behind an entry in a cache with huggingface_hub's layout, or None.
+def _find(entry: ModelEntry, source: Source, places: Places) -> Path | None:
+    if source is Source.VOLUME:
+        return find_on_volumes(entry, places)
+    cache_dir = dict(places.caches).get(source)
+    return find_in_cache(entry, cache_dir) if cache_dir else None
 
-    A revision that was asked for is that one or none; without one it is refs/main, else the first snapshot by name
-    that has the file: RunPod fills the cache with one revision and does not promise the ref. Some hosts have the
-    repository's folder in lower case.
-    """
-    folder = "models--" + entry.repo_id.replace("/", "--")
-    for name in dict.fromkeys((folder, folder.lower())):
-        for snapshot in _snapshots(host_cache_dir / name, entry.revision):
-            candidate = snapshot / entry.filename
+
+def expand_in_caches(pattern: ModelEntry, places: Places) -> list[ModelEntry]:
+    """The entries that a pattern stands for, by the first cache that has any; none: only the hub can say."""
+    for source, cache_dir in places.caches:
+        try:
+            for snapshot in _snapshots_of(pattern, cache_dir):
+                files = [str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()]
+                if found := pattern.matching(files):
+                    return found
+        except OSError as error:
+            log.warning("the %s cannot be read: %s", source, error)
+    return []
+
+
+def volume_path(entry: ModelEntry, models_dir: Path, volume_dir: Path) -> Path | None:
+    """Where a volume has the file of an entry; None for a Target outside ComfyUI's models folder."""
+    return volume_dir / entry.path.relative_to(models_dir) if entry.path.is_relative_to(models_dir) else None
+
+
+def find_on_volumes(entry: ModelEntry, places: Places) -> Path | None:
+    """The whole file of an entry on a network volume, also in a folder of the old name, or None."""
+    for volume_dir in places.volume_dirs:
+        path = volume_path(entry, places.models_dir, volume_dir)
+        if path is None:
+            continue
+        folder, *rest = path.relative_to(volume_dir).parts
+        older = [old for old, new in RENAMED_FOLDERS.items() if new == folder]
+        for candidate in (volume_dir.joinpath(name, *rest) for name in (folder, *older)):
             if not candidate.is_file():
                 continue
             flaw = find_flaw(candidate)
@@ -71,8 +121,32 @@ def find_in_host_cache(entry: ModelEntry, host_cache_dir: Path) -> Path | None:
     return None
 
 
+def find_in_cache(entry: ModelEntry, cache_dir: Path) -> Path | None:
+    """The real, whole file behind an entry in a cache with huggingface_hub's layout, or None."""
+    for snapshot in _snapshots_of(entry, cache_dir):
+        candidate = snapshot / entry.filename
+        if not candidate.is_file():
+            continue
+        flaw = find_flaw(candidate)
+        if flaw is None:
+            return candidate.resolve(strict=True)
+        log.warning("%s is not used: it %s", candidate, flaw)
+    return None
+
+
+def _snapshots_of(entry: ModelEntry, cache_dir: Path) -> Iterator[Path]:
+    """The snapshot folders that may serve an entry, the best one first; not all need to exist.
+
+    A revision that was asked for is that one or none; without one it is refs/main, else the first snapshot by name
+    that has the file: RunPod fills the cache with one revision and does not promise the ref. Some hosts have the
+    repository's folder in lower case.
+    """
+    folder = "models--" + entry.repo_id.replace("/", "--")
+    for name in dict.fromkeys((folder, folder.lower())):
+        yield from _snapshots(cache_dir / name, entry.revision)
+
+
 def _snapshots(repo_dir: Path, revision: str | None) -> Iterator[Path]:
-    """The snapshot folders that may serve a revision, the best one first; not all need to exist."""
     snapshots_dir = repo_dir / "snapshots"
     commit = _read_ref(repo_dir / "refs" / (revision or "main"))
     if commit:
@@ -126,15 +200,15 @@ def _data_length(header: object) -> int:
     return length
 
 
-def link(blob: Path, path: Path) -> None:
-    """Make `path` a symlink to `blob`, in one step: a dangling link or a broken file there is replaced.
+def link(file: Path, path: Path) -> None:
+    """Make `path` a symlink to `file`, in one step: a dangling link or a broken file there is replaced.
 
     Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".link-{os.getpid()}")
     temporary.unlink(missing_ok=True)  # of a killed run: in a container the same pid comes again
-    temporary.symlink_to(blob)
+    temporary.symlink_to(file)
     try:
         temporary.replace(path)
     except OSError:
