@@ -169,7 +169,9 @@ start_models() {
     "$WORKER_PYTHON" "$WORKER_DIR/utils.py" --link-only >&2 || log ERROR "MODELS has entries that cannot be used (above)."
     "$WORKER_PYTHON" "$WORKER_DIR/utils.py" >&2 &
     models_pid=$!
-    [[ $PREFETCH_FRACTION == 0 ]] || "$WORKER_PYTHON" "$WORKER_DIR/utils.py" --prefetch >&2 &
+    if [[ $PREFETCH_FRACTION != 0 ]]; then # no `||`: the shell between would be ended, and not the reader
+        "$WORKER_PYTHON" "$WORKER_DIR/utils.py" --prefetch >&2 &
+    fi
 }
 
 # usage: write_model_paths   for ComfyUI: the folders below VOLUME_DIRS/models, so that files put there by hand are found
@@ -180,15 +182,19 @@ write_model_paths() {
         upscale_models vae)
     local -A names
     while IFS= read -rd : volume; do
-        [[ -d $volume/models ]] || continue
+        [[ -z $volume || $volume == /* ]] || volume=$PWD/$volume
+        [[ -n $volume && -d $volume/models ]] || continue
         names=()
         for folder in "${usual[@]/#//}" "$volume"/models/*/; do
             folder=${folder%/} folder=${folder##*/}
-            # ComfyUI loads code from custom_nodes; other characters would have to be quoted.
-            [[ ! $folder =~ ^[A-Za-z0-9_.-]+$ || $folder == custom_nodes || $folder == configs ]] || names[$folder]=1
+            # ComfyUI loads code from custom_nodes; two names mean something else there; odd ones would have to be escaped.
+            [[ ! $folder =~ ^[A-Za-z0-9_.-]+$ || $folder =~ ^(custom_nodes|configs|base_path|is_default)$ ]] ||
+                names[$folder]=1
         done
         printf 'volume_%d:\n  base_path: "%s/models"\n' $((number += 1)) "${volume//[\\\"]/\\&}" >>"$file" || return 1
-        printf '  %s: %s\n' "${!names[@]}" >>"$file" || return 1
+        for folder in "${!names[@]}"; do # quoted: to YAML, 2024 is a number and "on" is true
+            printf '  "%s": "%s"\n' "$folder" "$folder" >>"$file" || return 1
+        done
     done <<<"$VOLUME_DIRS:"
 }
 

@@ -7,6 +7,7 @@ to stdout, one line per model; errors and progress to stderr.
 """
 
 import argparse
+import contextlib
 import glob
 import os
 import shutil
@@ -23,7 +24,7 @@ from types import FrameType
 from worker.models import ModelError
 from worker.models.grammar import ModelEntry, each_once, parse_models
 from worker.models.manifest import ModelRecord, write_manifest
-from worker.models.sources import Places, Source, expand_in_caches, link, plan, volume_path
+from worker.models.sources import Places, Source, expand_in_cache, expand_in_folders, link, plan, volume_path
 
 EPILOG = """\
 environment:
@@ -67,7 +68,9 @@ class Settings:
         run_dir = Path(environ.get("RAMDISK_DIR") or "/dev/shm/comfyui", "run")
         comfyui_dir = Path(environ.get("COMFYUI_DIR") or "/ComfyUI").absolute()
         volumes = (environ.get("VOLUME_DIRS") or "/runpod-volume:/workspace").split(":")
-        hf_home = environ.get("HF_HOME") or Path(environ.get("HOME") or "/root", ".cache/huggingface")
+        cache_home = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or "/root", ".cache")
+        hf_home = environ.get("HF_HOME") or Path(cache_home, "huggingface")
+        hf_cache = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or Path(hf_home, "hub")
         return cls(
             models=environ.get("MODELS", ""),
             models_file=Path(environ["MODELS_FILE"]) if environ.get("MODELS_FILE") else None,
@@ -76,7 +79,7 @@ class Settings:
                 models_dir=comfyui_dir / "models",
                 host_cache_dir=Path(environ.get("HOST_CACHE_DIR") or "/runpod-volume/huggingface-cache/hub").absolute(),
                 volume_dirs=tuple(Path(volume, "models").absolute() for volume in volumes if volume),
-                local_cache_dir=Path(environ.get("HF_HUB_CACHE") or Path(hf_home, "hub")).absolute(),
+                local_cache_dir=Path(hf_cache).absolute(),
             ),
             download_to=environ.get("DOWNLOAD_TO") or "container",
             prefetch_fraction=environ.get("PREFETCH_FRACTION") or "0.5",
@@ -120,12 +123,8 @@ class Manager:
         """Patterns as the entries that they stand for, where anybody can say which."""
         expanded: list[ModelEntry] = []
         for entry in entries:
-            found = expand_in_caches(entry, self._settings.places) if entry.is_pattern else [entry]
             try:
-                if not found and self._is_online:
-                    from worker.models.hub import expand_on_hub
-
-                    found = expand_on_hub(entry, self._settings.token)
+                found = self._files_of(entry) if entry.is_pattern else [entry]
                 expanded, clashes = each_once([*expanded, *found])
                 if clashes:
                     raise ModelError(f"{entry.source}: one of its files {clashes[0]}")
@@ -136,10 +135,29 @@ class Manager:
                 self._note(entry)
         return expanded
 
+    def _files_of(self, pattern: ModelEntry) -> list[ModelEntry]:
+        """By the host cache, which holds whole repositories; by the hub's list; else by what is there."""
+        places = self._settings.places
+        if found := expand_in_cache(pattern, places.host_cache_dir):
+            return found
+        there = places.local_cache_dir and expand_in_cache(pattern, places.local_cache_dir)
+        there = there or expand_in_folders(pattern, places)
+        if not self._is_online:
+            return there
+        from worker.models.hub import expand_on_hub
+
+        try:
+            return expand_on_hub(pattern, self._settings.token)
+        except ModelError as failure:
+            if not there:
+                raise
+            _complain(f"{failure}; taking the {len(there)} that are there")
+            return there
+
     def _download(self, entries: Sequence[ModelEntry]) -> None:
         from worker.models.download import Download, ask_all, run_downloads  # linking does without, and is faster
 
-        volume_dir = self._volume_dir()
+        volume_dir = self.volume_dir()
         downloads = []
         for entry in entries:
             shared = volume_dir and volume_path(entry, self._settings.places.models_dir, volume_dir)
@@ -157,13 +175,14 @@ class Manager:
                 size_bytes = one.place.stat().st_size
                 self._note(one.entry, Source.DOWNLOAD, size_bytes, one.seconds, sha256=one.sha256)
 
-    def _volume_dir(self) -> Path | None:
+    def volume_dir(self) -> Path | None:
         """The models folder of the network volume that downloads go to; None: they go to ComfyUI's own."""
         if self._settings.download_to != "volume":
             return None
         for models_dir in self._settings.places.volume_dirs:
-            if os.access(models_dir if models_dir.exists() else models_dir.parent, os.W_OK):
-                return models_dir
+            with contextlib.suppress(OSError):  # a volume that cannot be looked at
+                if os.access(models_dir if models_dir.exists() else models_dir.parent, os.W_OK):
+                    return models_dir
         _complain("DOWNLOAD_TO=volume, but no network volume can be written to: models go to the container's disk")
         return None
 
@@ -215,7 +234,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> ExitCode:
     manager = Manager(settings, options)
     manager.provide(entries)
     if options.check and entries:
-        _summarise(manager.records, settings)
+        _summarise(manager.records, manager.volume_dir() or settings.places.models_dir)
     if settings.run_dir is not None and not options.check:
         _write(manager.records, settings.run_dir / "models.json")
     if errors:
@@ -251,11 +270,11 @@ def _read_entries(settings: Settings) -> tuple[list[ModelEntry], list[str]]:
     return entries, [*problems, *map(str, errors)]
 
 
-def _summarise(records: Sequence[ModelRecord], settings: Settings) -> None:
+def _summarise(records: Sequence[ModelRecord], models_dir: Path) -> None:
     """What --check says at the end: what is there, what would come, and what room there is."""
     there = sum(record.size_bytes or 0 for record in records if record.source)
     to_come = sum(record.size_bytes or 0 for record in records if not record.source)
-    folder = next(path for path in (settings.places.models_dir, *settings.places.models_dir.parents) if path.exists())
+    folder = next(path for path in (models_dir, *models_dir.parents) if path.exists())
     free = shutil.disk_usage(folder).free
     print(f"{there / 1e9:.2f} GB are there, {to_come / 1e9:.2f} GB to download; {folder} has {free / 1e9:.2f} GB free")
 
@@ -271,7 +290,8 @@ def _prefetch(entries: Sequence[ModelEntry], settings: Settings) -> ExitCode:
         return ExitCode.BAD_CONFIGURATION
     lower_priority()
     started_s = time.monotonic()
-    paths = [path for entry in entries for path in sorted(entry.path.parent.glob(glob_name(entry))) if path.is_file()]
+    found = [path for entry in entries for path in sorted(entry.path.parent.glob(glob_name(entry))) if path.is_file()]
+    paths = list(dict.fromkeys(found))
     limit_bytes = int(fraction * free_memory_bytes())
     read_bytes = [size for _, size in prefetch(paths, limit_bytes)]
     if read_bytes:
@@ -282,7 +302,7 @@ def _prefetch(entries: Sequence[ModelEntry], settings: Settings) -> ExitCode:
 
 def glob_name(entry: ModelEntry) -> str:
     """The name of an entry's file as a pattern for glob."""
-    return entry.path.name if entry.is_pattern else glob.escape(entry.path.name)
+    return entry.path.name.replace("[", "[[]") if entry.is_pattern else glob.escape(entry.path.name)
 
 
 def _write(records: list[ModelRecord], path: Path) -> None:

@@ -2,14 +2,27 @@
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.models.grammar import ModelEntry
-from worker.models.sources import Places, Plan, Source, find_flaw, find_in_cache, link, plan
+from worker.models.sources import (
+    Places,
+    Plan,
+    Source,
+    expand_in_cache,
+    find_flaw,
+    find_in_cache,
+    find_on_volumes,
+    link,
+    plan,
+)
 
 
 def safetensors(data: bytes = b"\0" * 16, header: bytes | None = None) -> bytes:
@@ -184,6 +197,60 @@ def test_a_cache_that_cannot_be_read_leaves_the_download(
     assert "the host cache cannot be read" in caplog.text
 
 
+# -- patterns
+
+
+def pattern_for(place: Path, filename: str, revision: str | None = None) -> ModelEntry:
+    return ModelEntry("Org/Name", revision, filename, place.with_name(filename.rpartition("/")[2]))
+
+
+def test_a_pattern_is_expanded_by_the_best_snapshot(cache: Path, place: Path) -> None:
+    for commit, names in (("aaaa", "12"), ("bbbb", "345")):
+        for name in names:
+            cache_file(cache, "models--org--name", commit, f"s/{name}.pth", b"x")
+    set_ref(cache, "models--org--name", "main", "bbbb")
+    names = [entry.filename for entry in expand_in_cache(pattern_for(place, "s/*.pth"), cache)]
+    assert names == ["s/3.pth", "s/4.pth", "s/5.pth"]
+    names = [entry.path.name for entry in expand_in_cache(pattern_for(place, "s/?.pth", "aaaa"), cache)]
+    assert names == ["1.pth", "2.pth"]
+    assert expand_in_cache(pattern_for(place, "s/*.pth", "v2"), cache) == []
+    assert [entry.filename for entry in expand_in_cache(pattern_for(place, "?/1.pth"), cache)] == ["s/1.pth"]
+
+
+def test_a_dangling_snapshot_is_no_match(cache: Path, place: Path) -> None:
+    cache_file(cache, "models--org--name", "aaaa", "1.pth", b"x").unlink()
+    cache_file(cache, "models--org--name", "aaaa", "2.pth", b"x")
+    assert [entry.filename for entry in expand_in_cache(pattern_for(place, "*.pth"), cache)] == ["2.pth"]
+
+
+# -- a network volume
+
+
+def volumes_for(place: Path, *volumes: Path) -> Places:
+    return Places(place.parents[1], place.parents[2] / "no-cache", volumes)
+
+
+def test_a_volume_has_the_folders_of_comfyui(tmp_path: Path, place: Path) -> None:
+    volume = tmp_path / "volume/models"
+    file = volume / "vae/a.safetensors"
+    file.parent.mkdir(parents=True)
+    real = tmp_path / "elsewhere.safetensors"
+    real.write_bytes(safetensors())
+    file.symlink_to(os.path.relpath(real, file.parent))
+    assert find_on_volumes(entry_for(place), volumes_for(place, volume)) == real
+    assert plan(entry_for(place), volumes_for(place, volume)) == Plan(Source.VOLUME, real)
+    outside = entry_for(tmp_path / "custom_nodes/vae/a.safetensors")
+    assert find_on_volumes(outside, volumes_for(place, volume)) is None
+
+
+def test_a_broken_file_on_a_volume_is_not_used(tmp_path: Path, place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "volume/models/vae/a.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(safetensors()[:-1])
+    assert plan(entry_for(place), volumes_for(place, tmp_path / "volume/models")) == Plan(Source.DOWNLOAD)
+    assert "is not used" in caplog.text
+
+
 # -- the destination
 
 
@@ -209,18 +276,54 @@ def test_a_link_is_made_or_repaired(cache: Path, place: Path, before: str) -> No
     link(step.file, place)
     assert place.readlink() == blob
     assert [path.name for path in place.parent.iterdir()] == ["a.safetensors"]
-    assert plan(entry_for(place), Places(place.parents[1], cache)) == Plan(Source.IN_PLACE)
+    assert plan(entry_for(place), Places(place.parents[1], cache)) == Plan(Source.HOST_CACHE, blob)  # as it is linked
+    assert plan(entry_for(place), Places(place.parents[1], cache / "other")) == Plan(Source.IN_PLACE)
 
 
 def test_the_leftover_of_a_killed_run_is_no_obstacle(cache: Path, place: Path) -> None:
     place.parent.mkdir(parents=True)
-    (place.parent / f".link-{os.getpid()}").symlink_to("/anywhere")
+    with mock.patch.object(Path, "replace", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        link(cache, place)
+    assert len(list(place.parent.iterdir())) == 1
     link(cache, place)
     assert [path.name for path in place.parent.iterdir()] == ["a.safetensors"]
 
 
+def test_links_made_at_once_do_not_mix_up(tmp_path: Path) -> None:
+    for _ in range(50):
+        start = threading.Barrier(4)
+
+        def make(name: str, start: threading.Barrier = start) -> None:
+            start.wait()
+            link(tmp_path / "real" / name, tmp_path / "vae" / name)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(make, "abcd"))
+        for path in (tmp_path / "vae").iterdir():
+            assert path.readlink() == tmp_path / "real" / path.name
+            path.unlink()
+
+
+def test_a_link_to_itself_is_never_made(tmp_path: Path) -> None:
+    file = tmp_path / "volume/a.pth"
+    file.parent.mkdir()
+    file.write_bytes(b"mine")
+    (tmp_path / "vae").symlink_to(file.parent)
+    for path in (file, tmp_path / "vae/a.pth"):
+        link(file, path)
+        assert not file.is_symlink()
+    assert file.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["x" * 251 + ".pth", "ä" * 125 + ".pth"])
+def test_a_link_with_a_long_name(cache: Path, place: Path, name: str) -> None:
+    link(cache, place.with_name(name))
+    assert [path.name for path in place.parent.iterdir()] == [name]
+
+
 def test_a_folder_in_the_way_is_left_alone(cache: Path, place: Path) -> None:
     place.mkdir(parents=True)
+    cache.write_bytes(b"a model")
     with pytest.raises(IsADirectoryError):
         link(cache, place)
     assert [path.name for path in place.parent.iterdir()] == ["a.safetensors"]

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from worker.models import ModelError
 from worker.models.grammar import ModelEntry
 from worker.models.hub import explained, metadata_of, retried
-from worker.models.lease import STALE_S, age_s, heartbeat, lease
+from worker.models.lease import CLOCK_PREFIX, GRAVE_PREFIX, STALE_S, age_s, heartbeat, lease
 from worker.models.sources import find_flaw, link
 
 if TYPE_CHECKING:
@@ -48,6 +48,18 @@ class Download:
     error: ModelError | None = None
     staging: Path | None = field(default=None, repr=False)
     lease: Path | None = field(default=None, repr=False)
+    stop: threading.Event = field(default_factory=threading.Event, repr=False)
+
+    @property
+    def lease_path(self) -> Path:
+        """Whose holder downloads it, on a volume that several workers see."""
+        name = hashlib.sha256(self.place.name.encode(errors="replace")).hexdigest()[:32]  # its own may be too long
+        return self.place.with_name(f".{name}.lease")
+
+    @property
+    def advice(self) -> str:
+        """What helps where there is no space."""
+        return "enlarge the network volume" if self.is_shared else "give the container a larger disk"
 
     @property
     def size_bytes(self) -> int:
@@ -59,10 +71,18 @@ class Download:
         etag = (self.metadata.etag if self.metadata else None) or ""
         return etag if len(etag) == 64 else None
 
+    def go_on(self) -> None:
+        """Raises ModelError where the run is being stopped."""
+        if self.stop.is_set():
+            raise ModelError(f"{self.entry.source}: stopped")
+
     def abandon(self) -> None:
-        """Take away what lies on the disk before it is done."""
-        if self.staging:
+        """Take away what lies on the disk before it is done; a thread may still be writing there."""
+        for _ in range(20):
+            if not self.staging or not self.staging.exists():
+                break
             shutil.rmtree(self.staging, ignore_errors=True)
+            time.sleep(0.01)
         if self.lease:
             self.lease.unlink(missing_ok=True)
 
@@ -92,22 +112,39 @@ def run_downloads(
     waiting = sorted((one for one in downloads if one.error is None), key=lambda one: -one.size_bytes)
     if not waiting:
         return
-    pool = ThreadPoolExecutor(parallel)
     try:
         with _progress(waiting, say):
-            list(pool.map(lambda download: _fetch(download, token, sleep), waiting))
-    except BaseException:  # SIGTERM: nothing may stay behind, and the threads wait for the network
-        pool.shutdown(wait=False, cancel_futures=True)
+            _for_all(waiting, parallel, lambda download: _fetch(download, token, sleep))
+    except BaseException:  # SIGTERM: nothing may stay behind
         for download in waiting:
             download.abandon()
+        raise
+
+
+def _for_all(downloads: Sequence[Download], parallel: int, work: Callable[[Download], None]) -> None:
+    """In threads. SIGTERM waits a second for them and no longer: they may wait for the network."""
+    stop = threading.Event()
+    for download in downloads:
+        download.stop = stop
+    pool = ThreadPoolExecutor(parallel)
+    futures = [pool.submit(work, download) for download in downloads]
+    try:
+        # In slices: a signal that comes just before a wait without end is not heard until that ends.
+        while wait(futures, timeout=1.0).not_done:
+            pass
+        for future in futures:
+            future.result()
+    except BaseException:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        wait(futures, timeout=1.0)
         raise
     pool.shutdown()
 
 
 def ask_all(downloads: Sequence[Download], token: str | None, sleep: Callable[[float], None] = time.sleep) -> None:
     """Size and sha256 of each, or its `error`."""
-    with ThreadPoolExecutor(2 * PARALLEL) as pool:
-        list(pool.map(lambda download: _ask(download, token, sleep), downloads))
+    _for_all(downloads, 2 * PARALLEL, lambda download: _ask(download, token, sleep))
 
 
 def _ask(download: Download, token: str | None, sleep: Callable[[float], None]) -> None:
@@ -127,6 +164,8 @@ def _reserve_space(downloads: Sequence[Download]) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             remove_orphans(folder, is_shared=download.is_shared)
+            if download.is_shared and download.lease_path.exists() and age_s(download.lease_path) <= STALE_S:
+                continue  # another is downloading it: that takes the space, and we wait
             device = folder.stat().st_dev
             free = free_bytes.setdefault(device, shutil.disk_usage(folder).free)
         except OSError as error:
@@ -135,7 +174,7 @@ def _reserve_space(downloads: Sequence[Download]) -> None:
         if download.size_bytes > free:
             download.error = ModelError(
                 f"{download.entry.source}: no space: it has {download.size_bytes / 1e6:,.1f} MB, and {folder} has"
-                f" {free / 1e6:,.1f} MB free; give the container a larger disk"
+                f" {free / 1e6:,.1f} MB free; {download.advice}"
             )
         else:
             free_bytes[device] = free - download.size_bytes
@@ -147,9 +186,18 @@ def remove_orphans(folder: Path, *, is_shared: bool) -> None:
     On a disk of our own that is every staging folder whose lock is free: the kernel releases a dead process's lock.
     On a volume that other hosts see, a lock says nothing; there the age of the heartbeat decides.
     """
+    for small in (*folder.glob(f"{CLOCK_PREFIX}*"), *folder.glob(f"{GRAVE_PREFIX}*")):
+        with contextlib.suppress(FileNotFoundError):
+            if age_s(small) > STALE_S:
+                small.unlink()
     for staging in folder.glob(f"{STAGING_PREFIX}*"):
+        alive = staging / ALIVE
         with contextlib.suppress(FileNotFoundError):  # its owner has just ended
-            if age_s(staging / ALIVE) > STALE_S if is_shared else not _is_locked(staging / ALIVE):
+            if not alive.exists():  # it was killed before it had made it, or in the middle of taking all away
+                is_orphan = age_s(staging) > STALE_S
+            else:
+                is_orphan = age_s(alive) > STALE_S if is_shared else not _is_locked(alive)
+            if is_orphan:
                 shutil.rmtree(staging)
 
 
@@ -180,12 +228,20 @@ def _staging(folder: Path) -> Iterator[Path]:
 def _fetch(download: Download, token: str | None, sleep: Callable[[float], None]) -> None:
     started_s = time.monotonic()
     try:
-        with explained(download.entry, token):
+        download.go_on()
+        with explained(download.entry, token, f"no space left at {download.place.parent}: {download.advice}"):
             if download.is_shared:
-                lock = download.place.with_name(f".{download.place.name}.lease")
-                with lease(lock, is_done=lambda: _is_there(download), sleep=sleep) as is_ours:
+                lock = download.lease_path
+
+                def pause(seconds: float) -> None:
+                    (download.stop.wait if sleep is time.sleep else sleep)(seconds)
+                    download.go_on()
+
+                with lease(lock, is_done=lambda: _is_there(download), sleep=pause) as is_ours:
                     if is_ours:
                         download.lease = lock
+                        download.go_on()
+                        remove_orphans(download.place.parent, is_shared=True)  # of the one that held it before
                         _fetch_here(download, token, sleep)
                         download.lease = None
                 link(download.place, download.entry.path)
@@ -205,9 +261,11 @@ def _is_there(download: Download) -> bool:
 def _fetch_here(download: Download, token: str | None, sleep: Callable[[float], None]) -> None:
     """Two attempts: a body that came wrong may come right, and huggingface_hub itself resumes a broken connection."""
     for is_last in (False, True):
+        download.go_on()
         with _staging(download.place.parent) as staging:
             download.staging = staging
-            file = _body(download, staging, token, sleep)
+            # Renamed, because ComfyUI lists the models in every folder, hidden ones too.
+            file = _body(download, staging, token, sleep).rename(staging / "body.incomplete")
             flaw = _flaw_of(download, file)
             if flaw is None:
                 file.replace(download.place)
@@ -230,6 +288,7 @@ def _body(download: Download, staging: Path, token: str | None, sleep: Callable[
                 revision=(metadata.commit_hash if metadata else None) or entry.revision,
                 local_dir=staging,
                 token=token or False,
+                force_download=True,  # else it takes what the local cache has, broken or not
             ),
             sleep,
         )
@@ -242,7 +301,7 @@ def _flaw_of(download: Download, file: Path) -> str | None:
         download.sha256 = sha256_of(file)
         if download.sha256 != download.expected_sha256:
             return "has not the content that the hub promises (sha256)"
-    return find_flaw(file)
+    return find_flaw(file, download.place.suffix)
 
 
 def sha256_of(path: Path) -> str:
@@ -258,7 +317,7 @@ def sha256_of(path: Path) -> str:
 def _progress(downloads: Sequence[Download], say: Callable[[str], None]) -> Iterator[None]:
     """A line every few seconds: how many, how much, how fast, how long still."""
     total_bytes = sum(download.size_bytes for download in downloads)
-    say(f"downloading {len(downloads)} models, {total_bytes / 1e9:.2f} GB")
+    say(f"downloading {len(downloads)} model{'s' * (len(downloads) > 1)}, {total_bytes / 1e9:.2f} GB")
     ended, started_s = threading.Event(), time.monotonic()
 
     def report() -> None:

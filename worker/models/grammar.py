@@ -2,10 +2,10 @@
 
     RepoID[@revision]:Filename:Target[:LocalName]
 
-Entries are separated by commas or newlines; spaces around every part, empty entries and lines that begin with # are
-allowed. `Filename` may have folders, and `*` and `?` for several files at once: each matches within one part of the
-path, and the files keep their own names. `Target` is a folder below ComfyUI's `models/` (with or without the leading
-`models/`), or an absolute path below COMFYUI_DIR. `LocalName` is the file's name there; without it the name in the
+Entries are separated by commas or newlines; spaces around every part, empty entries and comments (from # to the line's
+end) are allowed. `Filename` may have folders, and `*` and `?` for several files at once: each matches within one part
+of the path, and the files keep their own names. `Target` is a folder below ComfyUI's `models/` (with or without that
+word), or an absolute path below COMFYUI_DIR. `LocalName` is the file's name there; without it the name in the
 repository is kept.
 """
 
@@ -47,10 +47,11 @@ class ModelEntry:
 
     def matching(self, filenames: Iterable[str]) -> "list[ModelEntry]":
         """Of a pattern: an entry for each of a repository's files that it matches, in the order of their names."""
-        parts = self.filename.split("/")
+        parts = self.filename.replace("[", "[[]").split("/")  # only * and ? are special
         return [
             replace(self, filename=filename, path=self.path.with_name(PurePosixPath(filename).name))
             for filename in sorted(filenames)
+            if not {"", ".", ".."} & set(filename.split("/"))
             if len(names := filename.split("/")) == len(parts) and all(map(fnmatchcase, names, parts))
         ]
 
@@ -70,7 +71,7 @@ def parse_models(text: str, comfyui_dir: Path, file_text: str = "") -> tuple[lis
     entries: list[ModelEntry] = []
     errors: list[ModelError] = []
     for variable, lines in (("MODELS", text), ("MODELS_FILE", file_text)):
-        kept = "\n".join(line for line in lines.splitlines() if not line.lstrip().startswith("#"))
+        kept = re.sub(r"(^|\s)#.*", "", lines, flags=re.MULTILINE)
         written = [entry for entry in map(str.strip, re.split(r"[,\n]", kept)) if entry]
         for position, entry_text in enumerate(written, start=1):
             try:
@@ -88,9 +89,10 @@ def each_once(entries: Iterable[ModelEntry]) -> tuple[list[ModelEntry], list[str
     placed: dict[Path, ModelEntry] = {}
     clashes = []
     for entry in entries:
-        other = placed.setdefault(entry.path, entry)
+        key = entry.path / entry.source if entry.is_pattern else entry.path  # only what it stands for can clash
+        other = placed.setdefault(key, entry)
         if other != entry:
-            clashes.append(f"would overwrite {other.source} at {entry.path}: give it a LocalName")
+            clashes.append(f"would overwrite {other.source} at {entry.path}: name each file, with a LocalName")
     return list(placed.values()), clashes
 
 

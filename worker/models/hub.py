@@ -7,6 +7,7 @@ in the host cache never needs it.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import time
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 RETRY_WAITS_S = (0.5, 2.0)  # between the attempts; a request ends after HF_HUB_ETAG_TIMEOUT or _DOWNLOAD_TIMEOUT (10 s)
 TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 
+NO_SPACE = "no space left: give the container a larger disk"
+
 T = TypeVar("T")
 
 
@@ -33,18 +36,23 @@ def prepare_library(token: str | None) -> None:
     # Else huggingface_hub 2.4.0 first asks the hub for a list of AI agents, for its user agent (_detect_agent.py).
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # many at a time; utils.py prints one line for all
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings have whole signed URLs
 
 
 @contextmanager
-def explained(entry: ModelEntry, token: str | None) -> Iterator[None]:
-    """Turns the library's errors into a ModelError that names the entry and never shows the token."""
+def explained(entry: ModelEntry, token: str | None, no_space: str = NO_SPACE) -> Iterator[None]:
+    """Turns the library's errors into a ModelError that names the entry and never shows the token.
+
+    `no_space`: what to say of a full disk.
+    """
     import httpx2
 
     try:
         yield
     # RuntimeError: from hf_xet; ValueError: from huggingface_hub, for files that it cannot fetch
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError, RuntimeError, ValueError) as error:
-        sentence = explain(error, entry, token)
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        sentence = no_space if is_full else explain(error, entry, token)
         raise ModelError(f"{entry.source}: {sentence.replace(token, '***') if token else sentence}") from error
 
 
@@ -75,7 +83,7 @@ def metadata_of(entry: ModelEntry, token: str | None, sleep: Callable[[float], N
 
     with explained(entry, token):
         url = hf_hub_url(entry.repo_id, entry.filename, revision=entry.revision)
-        return retried(lambda: get_hf_file_metadata(url, token=token), sleep)
+        return retried(lambda: get_hf_file_metadata(url, token=token or False), sleep)
 
 
 def expand_on_hub(
@@ -83,12 +91,13 @@ def expand_on_hub(
 ) -> list[ModelEntry]:
     """The entries that a pattern stands for, by the hub's list of the repository. Raises ModelError."""
     prepare_library(token)
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
+    api, timeout_s = HfApi(token=token or False), constants.HF_HUB_ETAG_TIMEOUT
     with explained(pattern, token):
-        api = HfApi(token=token or False)
-        names = retried(lambda: api.list_repo_files(pattern.repo_id, revision=pattern.revision), sleep)
-    found = pattern.matching(names)
+        # Not list_repo_files, which waits without end (hf_api.py, 2.4.0).
+        info = retried(lambda: api.model_info(pattern.repo_id, revision=pattern.revision, timeout=timeout_s), sleep)
+    found = pattern.matching(sibling.rfilename for sibling in info.siblings or ())
     if not found:
         raise ModelError(f"{pattern.source}: no file of the repository matches: look at {page_of(pattern)}")
     return found
@@ -125,8 +134,6 @@ def explain(error: Exception, entry: ModelEntry, token: str | None) -> str:
             return _explain_status(error.response.status_code, token)
         case errors.OfflineModeIsEnabled():
             return "it has to be downloaded, but HF_HUB_OFFLINE forbids it: unset it, or put the file in place"
-        case OSError(errno=errno.ENOSPC):
-            return f"no space left at {entry.path.parent}: give the container a larger disk"
         case OSError(strerror=str(reason)) if error.filename:
             return f"{error.filename}: {reason}"
         case OSError() | RuntimeError() | ValueError():

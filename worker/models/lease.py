@@ -17,11 +17,13 @@ from pathlib import Path
 HEARTBEAT_S = 5.0
 STALE_S = 30.0
 POLL_S = 1.0
+CLOCK_PREFIX = ".clock-"
+GRAVE_PREFIX = ".lease-"
 
 
 def age_s(path: Path) -> float:
     """Seconds since a file was touched, by the clock of its own file system. Raises FileNotFoundError."""
-    probe = path.with_name(f".clock-{secrets.token_hex(8)}")
+    probe = path.with_name(f"{CLOCK_PREFIX}{secrets.token_hex(8)}")
     try:
         probe.touch(exist_ok=False)
         return probe.stat().st_mtime - path.stat().st_mtime
@@ -70,7 +72,7 @@ def lease(
             return
         with contextlib.suppress(FileNotFoundError):  # released meanwhile
             if age_s(path) > stale_s:
-                grave = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+                grave = path.with_name(f"{GRAVE_PREFIX}{secrets.token_hex(8)}")
                 path.rename(grave)  # of several, one succeeds
                 grave.unlink()
                 continue

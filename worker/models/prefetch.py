@@ -6,6 +6,7 @@ more won nothing on a local disk.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -43,14 +44,24 @@ def free_memory_bytes(root: Path = Path("/")) -> int:
 
 def _left_by_cgroups(folder: Path) -> Iterator[int]:
     """Limit minus use, for cgroup v2 and v1, as a container sees its own."""
-    for limit_file, use_file in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit_file, use_file, stat_file, key in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        *[
+            (
+                "memory/memory.limit_in_bytes",
+                "memory/memory.usage_in_bytes",
+                "memory/memory.stat",
+                "total_inactive_file",
+            )
+        ],
     ):
         try:
             limit, use = (folder / limit_file).read_text().strip(), int((folder / use_file).read_text())
         except (OSError, ValueError):
             continue
+        with contextlib.suppress(OSError, ValueError, KeyError):  # gVisor has no memory.stat
+            stat = dict(line.split(" ", 1) for line in (folder / stat_file).read_text().splitlines())
+            use -= int(stat[key])  # page cache that can go; Docker subtracts the same
         if limit.isdecimal() and int(limit) < _UNLIMITED_BYTES:
             yield max(0, int(limit) - use)
 

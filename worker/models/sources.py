@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -67,7 +68,7 @@ def plan(entry: ModelEntry, places: Places) -> Plan:
     if entry.path.is_file():
         flaw = find_flaw(entry.path)
         if flaw is None:
-            return Plan(Source.IN_PLACE)
+            return _linked(entry.path, places) or Plan(Source.IN_PLACE)
         log.warning("%s will be replaced: it %s", entry.path, flaw)
     for source in (Source.HOST_CACHE, Source.VOLUME, Source.LOCAL_CACHE):
         try:
@@ -78,6 +79,36 @@ def plan(entry: ModelEntry, places: Places) -> Plan:
     return Plan(Source.DOWNLOAD)
 
 
+def _linked(path: Path, places: Places) -> Plan | None:
+    """What a link that is there already leads to; None: it is no link of ours."""
+    if not path.is_symlink():
+        return None
+    file = path.resolve()
+    volumes = [(Source.VOLUME, volume_dir) for volume_dir in places.volume_dirs]
+    for source, folder in (*places.caches, *volumes):
+        if file.is_relative_to(folder.resolve()):
+            return Plan(source, file)
+    return None
+
+
+def expand_in_folders(pattern: ModelEntry, places: Places) -> list[ModelEntry]:
+    """The entries of a pattern whose files are in place or on a network volume; whether those are all, only the hub
+    can say."""
+    folders = [pattern.path.parent]
+    for volume_dir in places.volume_dirs:
+        folders += [path.parent for path in _volume_paths(pattern, places.models_dir, volume_dir)]
+    names: set[str] = set()
+    for folder in folders:
+        try:
+            names |= {path.name for path in folder.iterdir() if path.is_file()}
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            log.warning("%s cannot be read: %s", folder, error)
+    prefix = pattern.filename.rpartition("/")[0]
+    return pattern.matching(f"{prefix}/{name}" if prefix else name for name in names)
+
+
 def _find(entry: ModelEntry, source: Source, places: Places) -> Path | None:
     if source is Source.VOLUME:
         return find_on_volumes(entry, places)
@@ -85,16 +116,15 @@ def _find(entry: ModelEntry, source: Source, places: Places) -> Path | None:
     return find_in_cache(entry, cache_dir) if cache_dir else None
 
 
-def expand_in_caches(pattern: ModelEntry, places: Places) -> list[ModelEntry]:
-    """The entries that a pattern stands for, by the first cache that has any; none: only the hub can say."""
-    for source, cache_dir in places.caches:
-        try:
-            for snapshot in _snapshots_of(pattern, cache_dir):
-                files = [str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()]
-                if found := pattern.matching(files):
-                    return found
-        except OSError as error:
-            log.warning("the %s cannot be read: %s", source, error)
+def expand_in_cache(pattern: ModelEntry, cache_dir: Path) -> list[ModelEntry]:
+    """The entries that a pattern stands for, by the first snapshot that has any of its files."""
+    try:
+        for snapshot in _snapshots_of(pattern, cache_dir):
+            files = [str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()]
+            if found := pattern.matching(files):
+                return found
+    except OSError as error:
+        log.warning("the cache cannot be read: %s", error)
     return []
 
 
@@ -103,15 +133,20 @@ def volume_path(entry: ModelEntry, models_dir: Path, volume_dir: Path) -> Path |
     return volume_dir / entry.path.relative_to(models_dir) if entry.path.is_relative_to(models_dir) else None
 
 
+def _volume_paths(entry: ModelEntry, models_dir: Path, volume_dir: Path) -> list[Path]:
+    """The same, and in a folder of the old name."""
+    path = volume_path(entry, models_dir, volume_dir)
+    if path is None:
+        return []
+    folder, *rest = path.relative_to(volume_dir).parts
+    older = [old for old, new in RENAMED_FOLDERS.items() if new == folder]
+    return [volume_dir.joinpath(name, *rest) for name in (folder, *older)]
+
+
 def find_on_volumes(entry: ModelEntry, places: Places) -> Path | None:
     """The whole file of an entry on a network volume, also in a folder of the old name, or None."""
     for volume_dir in places.volume_dirs:
-        path = volume_path(entry, places.models_dir, volume_dir)
-        if path is None:
-            continue
-        folder, *rest = path.relative_to(volume_dir).parts
-        older = [old for old, new in RENAMED_FOLDERS.items() if new == folder]
-        for candidate in (volume_dir.joinpath(name, *rest) for name in (folder, *older)):
+        for candidate in _volume_paths(entry, places.models_dir, volume_dir):
             if not candidate.is_file():
                 continue
             flaw = find_flaw(candidate)
@@ -165,13 +200,14 @@ def _read_ref(path: Path) -> str | None:
     return commit if re.fullmatch("[0-9A-Za-z]+", commit) else None
 
 
-def find_flaw(path: Path) -> str | None:
-    """Why an existing model file cannot be whole: the rest of a sentence; None: nothing speaks against it.
+def find_flaw(path: Path, suffix: str | None = None) -> str | None:
+    """Why an existing model file cannot be whole: the rest of a sentence; None: nothing speaks against it. `suffix`
+    where the file will have another than now.
 
     Only `.safetensors` say how long they are: 8 bytes little-endian length of the header, the header (JSON) with
     each tensor's `data_offsets`, the data to the highest offset and not a byte more.
     """
-    if path.suffix.lower() != ".safetensors":
+    if (suffix or path.suffix).lower() != ".safetensors":
         return None
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
@@ -203,10 +239,12 @@ def _data_length(header: object) -> int:
 def link(file: Path, path: Path) -> None:
     """Make `path` a symlink to `file`, in one step: a dangling link or a broken file there is replaced.
 
-    Raises OSError.
+    Where they are one file already, also by a folder that is a link, nothing is done. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".link-{os.getpid()}")
+    if path.exists() and path.samefile(file):
+        return
+    temporary = path.with_name(f".link-{os.getpid()}-{threading.get_ident()}")
     temporary.unlink(missing_ok=True)  # of a killed run: in a container the same pid comes again
     temporary.symlink_to(file)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import logging
 import os
 import shutil
@@ -17,6 +18,7 @@ from aiohttp import web
 from .executor import Executor
 from .faults import Faults
 from .folders import Folders
+from .model_paths import extra_model_folders
 from .options import parse
 from .prompt_queue import PromptQueue
 from .routes import Routes
@@ -38,7 +40,11 @@ def main(argv: list[str]) -> int:
     log.info("This is a stand-in for ComfyUI %s: its protocol and its model-free nodes.", options.like)
     sys.setrecursionlimit(_RECURSION_LIMIT)
     folders = Folders(
-        options.input_directory, options.output_directory, options.temp_directory, options.models_directory
+        options.input_directory,
+        options.output_directory,
+        options.temp_directory,
+        options.models_directory,
+        extra_model_folders(map(Path, itertools.chain(*options.extra_model_paths_config))),
     )
     shutil.rmtree(folders.temp, ignore_errors=True)
     try:

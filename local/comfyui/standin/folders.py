@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+
+_MODEL_ENDINGS = {".ckpt", ".pt", ".pt2", ".bin", ".pth", ".safetensors", ".pkl", ".sft"}  # supported_pt_extensions
 
 
 class OutsideFolderError(Exception):
@@ -30,10 +33,20 @@ class Folders:
     output: Path
     temp: Path
     models: Path
+    extra_models: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    """beside those below `models`, by kind"""
 
     def of_type(self, kind: str) -> Path | None:
         """The folder that a `type` on the wire names: "input", "output" or "temp"."""
         return {"input": self.input, "output": self.output, "temp": self.temp}.get(kind)
+
+    def model_files(self, kind: str) -> list[str]:
+        """The names of the models of a kind ("checkpoints"), relative to its folders, as they are at this moment."""
+        names = set()
+        for folder in (self.models / kind, *self.extra_models.get(kind, ())):
+            for place, _, files in os.walk(folder, followlinks=True):
+                names |= {os.path.relpath(Path(place, file), folder) for file in files}
+        return sorted(name for name in names if Path(name).suffix.lower() in _MODEL_ENDINGS)
 
     def split_annotation(self, name: str) -> tuple[str, Path | None]:
         """`"a.png [output]"` -> `("a.png", output folder)`; a name without such a tail -> `(name, None)`."""

@@ -116,6 +116,7 @@ def _add_acted_on(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-directory", metavar="PATH")
     parser.add_argument("--temp-directory", metavar="PATH", help="gets a folder named temp, emptied at the start")
     parser.add_argument("--user-directory", metavar="PATH", help="must exist")
+    parser.add_argument("--extra-model-paths-config", nargs="+", action="append", metavar="PATH", default=[])
     parser.add_argument("--max-upload-size", type=float, default=100.0, metavar="MIB")
     parser.add_argument("--disable-metadata", action="store_true", help="no workflow in the PNG files")
     levels = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
@@ -138,7 +139,6 @@ def _add_ignored(parser: argparse.ArgumentParser) -> None:
     for name, kind in _VALUES.items():
         ignored.add_argument(f"--{name}", type=kind)
     ignored.add_argument("--enable-cors-header", nargs="?", const="*", metavar="ORIGIN")
-    ignored.add_argument("--extra-model-paths-config", nargs="+", action="append", metavar="PATH")
     ignored.add_argument("--directml", type=int, nargs="?", const=-1)
     ignored.add_argument("--async-offload", type=int, nargs="?", const=2)
     ignored.add_argument("--fast", nargs="*")

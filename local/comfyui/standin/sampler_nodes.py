@@ -89,7 +89,7 @@ class Latent:
 
 
 class CheckpointLoaderSimple(Node):
-    """Any file in models/checkpoints does: it is not read."""
+    """Any file in a folder of checkpoints does: it is not read."""
 
     display_name = "Load Checkpoint"
     category = "loaders"
@@ -97,9 +97,7 @@ class CheckpointLoaderSimple(Node):
 
     @classmethod
     def inputs(cls, folders: Folders) -> Inputs:
-        checkpoints = folders.models / "checkpoints"
-        paths = [path for path in checkpoints.rglob("*") if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth")]
-        return {"required": {"ckpt_name": (sorted(str(path.relative_to(checkpoints)) for path in paths), {})}}
+        return {"required": {"ckpt_name": (folders.model_files("checkpoints"), {})}}
 
     def run(self, context: Context, **inputs: Any) -> Result:
         return Result((inputs["ckpt_name"],) * 3)
