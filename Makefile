@@ -29,6 +29,7 @@ thorough: .venv/.installed-dev ## 10,000 random inputs for the parser, 500 for t
 
 bench: .venv/.installed-dev ## the figures, a table each
 	@$(PY) -m benchmarks.memory
+	@$(PY) -m benchmarks.models
 
 lint: .venv/.installed-dev
 	@.venv/bin/ruff check .

@@ -41,7 +41,7 @@ MB, GB = 1_000_000, 1_000_000_000
 LINKS = 200
 FILES, FILE_BYTES = 8, 200 * MB
 CONNECTION_LIMIT = 50 * MB  # bytes a second
-READ_BYTES = 3 * GB
+READ_GB = 3.0
 CHUNK_BYTES = 1 << 20
 DEADLINE_S = 600.0
 DOWNLOAD_RATIO = 2.0  # so many times faster `utils.py` must be where each connection is limited
@@ -242,13 +242,13 @@ def measure_downloads(folder: Path, hub: Hub) -> Figures:
 # --- read ---
 
 
-def make_large_file(path: Path) -> None:
+def make_large_file(path: Path, size_bytes: int) -> None:
     path.parent.mkdir(parents=True)
     chunk = os.urandom(8 << 20)
     with path.open("wb") as file:
-        for number in range(-(-READ_BYTES // len(chunk))):
+        for number in range(-(-size_bytes // len(chunk))):
             file.write(number.to_bytes(8, "little") + chunk[8:])
-        file.truncate(READ_BYTES)
+        file.truncate(size_bytes)
         os.fsync(file.fileno())
 
 
@@ -351,9 +351,9 @@ def measure_read(folder: Path, file: Path, *, prefetch: bool) -> Figures:
 # --- the tables ---
 
 
-def links_table(folder: Path, runs: int) -> tuple[list[Figures], bool]:
+def links_table(folder: Path, options: argparse.Namespace) -> tuple[list[Figures], bool]:
     measured = []
-    for number in range(runs):
+    for number in range(options.runs):
         measured.append(measure_links(new_folder(folder, f"link{number}")))
     median = median_of(measured)
     print(f"{LINKS} models of a host cache | s   | requests")
@@ -363,7 +363,7 @@ def links_table(folder: Path, runs: int) -> tuple[list[Figures], bool]:
     return measured, median["requests"] == 0
 
 
-def downloads_table(folder: Path, runs: int) -> tuple[list[Figures], bool]:
+def downloads_table(folder: Path, options: argparse.Namespace) -> tuple[list[Figures], bool]:
     hub, measured, ratio = Hub(), [], 0.0
     hub.hash_files()
     files = f"{FILES} x {FILE_BYTES / MB:.0f} MB"
@@ -371,7 +371,7 @@ def downloads_table(folder: Path, runs: int) -> tuple[list[Figures], bool]:
     for limit in (None, CONNECTION_LIMIT):
         hub.limit_bytes_per_s = limit
         of_limit = []
-        for number in range(runs):
+        for number in range(options.runs):
             of_limit.append(measure_downloads(new_folder(folder, f"download{number}"), hub))
         measured += [{**run, "limit_mb_per_s": (limit or 0) / MB} for run in of_limit]
         median = median_of(of_limit)
@@ -386,16 +386,16 @@ def downloads_table(folder: Path, runs: int) -> tuple[list[Figures], bool]:
     return measured, ratio >= DOWNLOAD_RATIO
 
 
-def read_table(folder: Path, runs: int) -> tuple[list[Figures], bool]:
+def read_table(folder: Path, options: argparse.Namespace) -> tuple[list[Figures], bool]:
     here = new_folder(folder, "read")
     file = here / "ComfyUI" / "models" / "checkpoints" / "large.safetensors"
-    make_large_file(file)
+    make_large_file(file, int(options.read_gb * GB))
     measured: dict[bool, list[Figures]] = {False: [], True: []}
-    for number in range(runs):
+    for number in range(options.runs):
         for prefetch in (False, True) if number % 2 == 0 else (True, False):
             measured[prefetch].append(measure_read(here, file, prefetch=prefetch))
     which = "ComfyUI" if "COMFYUI_DIR" in os.environ else "the stand-in"
-    print(f"{READ_BYTES / GB:.0f} GB beside a boot of {which} | boot, s | then read, s | both, s | read ahead")
+    print(f"{options.read_gb:g} GB beside a boot of {which} | boot, s | then read, s | both, s | read ahead")
     for prefetch, runs_so in measured.items():
         median = median_of(runs_so)
         print(
@@ -424,6 +424,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description="How long models take.")
     parser.add_argument("what", nargs="*", help=f"of {', '.join(TABLES)}; default: all")
     parser.add_argument("--runs", type=int, default=3, help="runs of each (default: 3); the tables have medians")
+    parser.add_argument("--read-gb", type=float, default=READ_GB, help="size of the file that is read (default: 3)")
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp"), help="on a real disk (default: /var/tmp)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every run goes there")
     options = parser.parse_args()
@@ -432,7 +433,7 @@ def main() -> int:
     runs, all_good = {}, True
     for name in options.what or TABLES:
         with tempfile.TemporaryDirectory(prefix="comfy-endpoint-bench-", dir=options.folder) as folder:
-            runs[name], is_good = TABLES[name](Path(folder), options.runs)
+            runs[name], is_good = TABLES[name](Path(folder), options)
         all_good = all_good and is_good
     if options.json:
         options.json.write_text(json.dumps(runs, indent=1) + "\n")

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from model_bench import files_below, safetensors
 
 from local.__main__ import free_port
-from tests.process.stack import ROOT, Driver, boot, boot_platform, invert_job, start_worker, wait_until
+from tests.process.stack import BOOT_TIMEOUT_S, ROOT, Driver, boot, boot_platform, invert_job, start_worker, wait_until
 
 STANDIN = ROOT / "local" / "comfyui"
 COMFYUI_PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
@@ -233,11 +233,14 @@ def test_sigterm_during_a_download_ends_in_time_and_leaves_nothing(tmp_path: Pat
                 assert blob.stalled is not None
                 assert blob.stalled.wait(60), driver.log()
             wait_until(lambda: "--prefetch" in (tmp_path / "calls").read_text(), "prefetch begins")
+            wait_until(
+                lambda: "ComfyUI answers after" in driver.log(), "only the models are waited for", BOOT_TIMEOUT_S
+            )
             assert not (driver.ramdisk / "run/models-settled").exists()
             assert len(files_below(volume)) > 3  # parts of files, and leases
             driver.worker.process.send_signal(signal.SIGTERM)
             assert driver.worker.process.wait(10) == 0, driver.log()  # Docker's patience
-            assert "--- Starting Serverless Worker" not in driver.log()
+            assert "--- Starting Serverless Worker" not in driver.log()  # no job was taken
             assert "Traceback" not in driver.log()
             assert driver.own_pids() == []
             assert not driver.ramdisk.exists()

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,8 +127,10 @@ def _for_all(downloads: Sequence[Download], parallel: int, work: Callable[[Downl
     for download in downloads:
         download.stop = stop
     pool = ThreadPoolExecutor(parallel)
-    futures = [pool.submit(work, download) for download in downloads]
+    futures: list[Future[None]] = []
     try:
+        for download in downloads:
+            futures.append(pool.submit(work, download))
         # In slices: a signal that comes just before a wait without end is not heard until that ends.
         while wait(futures, timeout=1.0).not_done:
             pass
