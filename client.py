@@ -607,11 +607,11 @@ def plan_text(workflow: Workflow, text: str, role: str = "positive", node_id: st
 
 
 def _adds_nothing(workflow: Workflow, text: frozenset[Place], others: Sequence[frozenset[Place]]) -> bool:
-    """Whether a text is empty, and in an encoder or a concatenation; a node of its own for a string waits for one."""
-    nodes = {place.node_id for place in text}
-    shared = any(place.node_id in nodes for other in others if other != text for place in other)
-    return not any(value_at(workflow, place) for place in text) and (
-        shared or all(is_text_encoder(workflow, node_id) for node_id in nodes)
+    """Whether a text is empty; but a node of its own for a string waits for words, unless such a node has them."""
+    words = [other for other in others if any(value_at(workflow, place) for place in other)]
+    return text not in words and (
+        any(links_of(workflow, place.node_id) for place in text)
+        or any(not links_of(workflow, place.node_id) for other in words for place in other)
     )
 
 
@@ -1254,7 +1254,10 @@ class ComfyUI(Server):
             status = super().follow(current, deadline, on_status)
             stale = set(status.get("stale", ())) if self._is_ours else set()
             refusing = {str(status.get("node_id"))} if self.NONCE_INPUT in str(status.get("error")) else set()
-            workflow = self._workflow_of(current) if stale or refusing else {}
+            try:
+                workflow = self._workflow_of(current) if stale or refusing else {}
+            except ClientError:  # its history was cleared meanwhile
+                return {**status, "id": current}
             # One that refuses it runs again where a node runs that it links from.
             sources = {source for node_id in stale & refused for source in links_of(workflow, node_id).values()}
             if refusing <= refused and stale | sources <= more | refused:

@@ -369,7 +369,18 @@ def cut(content: bytes) -> bytes:
 
 
 NOISE = Image.frombytes("RGB", (64, 64), random.Random(7).randbytes(3 * 64 * 64))
+
+
+def with_bytes(content: bytes, place: int, new: bytes) -> bytes:
+    assert 0 <= place < len(content) - len(new)
+    return content[:place] + new + content[place + len(new) :]
+
+
+WHOLE_AVIF = encoded(NOISE, "AVIF")
 NO_PICTURES = {
+    # Pillow raises RuntimeError for the first and NotImplementedError for the second.
+    "an avif of other bytes": with_bytes(WHOLE_AVIF, WHOLE_AVIF.index(b"mdat") + 4, b"\xff" * 40),
+    "a dds of an unknown format": with_bytes(encoded(NOISE, "DDS"), 80, bytes(4)),
     "text": b"not a picture",
     "a page": b"<!doctype html><title>404</title>",
     "a video": b"\x00\x00\x00\x18ftypmp42" + bytes(100),
@@ -606,6 +617,19 @@ def test_the_kind_of_a_file_is_known_by_its_name_and_its_content_is_not_looked_a
 def test_an_address_is_sent_as_it_is(given_files: Given, url: str, name: str) -> None:
     assert given_files.read("--img", f"4={url}") == [(name, "image", "4")]
     assert given_files.job.images == {name: url}
+
+
+def test_an_address_without_encryption_is_refused(given_files: Given) -> None:
+    with pytest.raises(client.InputError, match="only https addresses"):
+        given_files.read("--img", "4=http://host/a.png")
+
+
+def test_the_home_folder_is_known_behind_the_name_of_a_node(
+    given_files: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(given_files.path))
+    given_files.write("a.png")
+    assert given_files.read("--img", "4=~/a.png") == [("a.png", "image", "4")]
 
 
 def test_an_address_that_is_none_is_an_input_error(given_files: Given) -> None:

@@ -712,6 +712,9 @@ def test_what_is_no_seed_is_left_alone(value: Any) -> None:
 
 def test_a_string_of_a_template_is_replaced() -> None:
     assert seeds({"1": node("KSampler", seed="{{seed}}")}) == {"1.seed": 100}
+    linked = {"1": node("Seed", seed="{{seed}}"), "2": node("KSampler", seed=["1", 0])}
+    assert seeds(linked) == {"1.seed": 100}
+    assert client.seeds_left(linked, client.plan_seeds(linked, lambda: 7)) == []
 
 
 @pytest.mark.parametrize(
