@@ -3,11 +3,11 @@
 # requires-python = ">=3.11"
 # dependencies = ["requests", "Pillow", "tqdm"]
 # ///
-"""Runs a ComfyUI workflow on a RunPod Serverless endpoint and saves what it makes.
+"""Runs ComfyUI workflows on a RunPod Serverless endpoint, or on a ComfyUI behind a tunnel, and saves what they make.
 
-One file that works on its own: `uv run client.py ...`, or any Python with requests, Pillow and tqdm.
-It reads in order: workflow, injection, endpoint, saving, command line. Saved paths and texts of the result go to
-stdout, everything else to stderr. The three packages are imported where they are used, so that --help is quick.
+One file that works on its own: `uv run client.py ...`, or any Python with requests, Pillow and tqdm. It reads in order:
+workflow, injection, files, servers (RunPod, ComfyUI), saving, jobs (one, many), command line. Saved paths and texts go
+to stdout, everything else to stderr. Packages are imported where they are used, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -21,21 +21,25 @@ import json
 import os
 import random
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, TextIO, TypeGuard
-from urllib.parse import quote, urlsplit
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeGuard
+from urllib.parse import quote, urlencode, urlsplit
 
 if TYPE_CHECKING:
     import requests
+    from PIL import Image
 
 DEFAULT_URL = "https://api.runpod.ai/v2"
-RUN_LIMIT_BYTES = 10_000_000  # RunPod's limit for the body of /run (docs.runpod.io: 10 MB)
+RUN_LIMIT_BYTES, RUNSYNC_LIMIT_BYTES = 10_000_000, 20_000_000  # of a request's body (docs.runpod.io: 10 and 20 MB)
+RUNSYNC_WAIT_MS = 1_000  # the least that RunPod takes: the job's id has to be known early, to follow and to cancel it
 MIN_EXECUTION_TIMEOUT_MS = 5_000  # RunPod takes 5 s to 7 days
 MAX_TIMEOUT_S = 86_400  # a job's time to live on RunPod, unless its request says otherwise
 
@@ -44,9 +48,11 @@ READ_TIMEOUT_S = 60
 CANCEL_TIMEOUT_S = 10
 DOWNLOAD_LIMIT_S = 600
 SILENCE_LIMIT_S = 120  # without one usable answer for this long, following a job is given up
+SLEEP_GAP_S = 30  # a pause that took this much longer than asked: the computer was asleep
 FIRST_POLL_S = 0.1
 LAST_POLL_S = 5.0
 POLL_GROWTH = 1.5
+MAX_RETRY_AFTER_S = 60.0
 
 
 class ExitCode(IntEnum):
@@ -67,8 +73,9 @@ class ClientError(Exception):
     ├── InputError      the command line, a workflow or a picture has to change
     ├── JobFailed       the job ended without a usable result, or an item of it could not be saved
     ├── JobTimedOut     the time for the job is over
-    └── PlatformError   RunPod or the network
-        ├── NotFound    the endpoint or the job is not there
+    └── PlatformError   RunPod, ComfyUI or the network
+        ├── Refused     HTTP 4xx, with the body's text in `text`
+        │   └── NotFound  404: the endpoint, the job or the call is not there
         └── Unreachable no usable answer this time; asking again may help
     """
 
@@ -91,8 +98,14 @@ class PlatformError(ClientError):
     exit_code = ExitCode.PLATFORM
 
 
-class NotFound(PlatformError):
-    """HTTP 404."""
+class Refused(PlatformError):
+    def __init__(self, message: str, text: str = "") -> None:
+        super().__init__(message)
+        self.text = text
+
+
+class NotFound(Refused):
+    pass
 
 
 class Unreachable(PlatformError):
@@ -104,9 +117,43 @@ class Unreachable(PlatformError):
         self.retry_after_s = retry_after_s
 
 
-def say(message: str) -> None:
-    """Prints one line for a person, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+@dataclass(frozen=True)
+class Console:
+    """Lines for a person on stderr, with `quiet` only warnings and errors; `prefix` tells one job of many. Results on
+    stdout, which --json keeps for its object."""
+
+    quiet: bool = False
+    json: bool = False
+    prefix: str = ""
+
+    def say(self, message: str) -> None:
+        if not self.quiet:
+            self._print(message)
+
+    def warn(self, message: str) -> None:
+        self._print(f"warning: {message}")
+
+    def fail(self, error: object) -> None:
+        self._print(f"error: {error}")
+
+    def result(self, text: str) -> None:
+        if not self.json:
+            write_line(sys.stdout, text)
+
+    def _print(self, message: str) -> None:
+        write_line(sys.stderr, f"{self.prefix}{message}")
+
+
+def write_line(stream: TextIO | None, text: str) -> None:
+    """In one piece, since several jobs may write. A stream that is closed, full, or without a reader (`head`) must not
+    cost a result."""
+    if stream is None:
+        return
+    try:
+        stream.write(f"{text}\n")
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def one_line(value: object, limit_chars: int = 600) -> str:
@@ -114,6 +161,15 @@ def one_line(value: object, limit_chars: int = 600) -> str:
     text = " ".join(str(value).split())
     text = "".join(char if char.isprintable() else "?" for char in text)
     return text if len(text) <= limit_chars else text[: limit_chars - 1] + "…"
+
+
+def shown(value: object, limit_chars: int = 100) -> str:
+    """A value of a workflow as JSON, in one line."""
+    return one_line(json.dumps(value, ensure_ascii=False, default=str), limit_chars)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}" if number == 1 else f"{number or 'no'} {noun}s"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,15 +182,23 @@ Workflow = dict[str, Node]
 EXPORT_HINT = "export it in ComfyUI with Workflow > Export (API)"
 
 
-def read_workflow(path: Path) -> Workflow:
-    """The workflow in a JSON file. Raises InputError, also for a file that is not JSON at all."""
+def read_file(path: Path, noun: str = "file") -> bytes:
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"the workflow {path} cannot be read: {error.strerror}") from error
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {noun} {path}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path that none can be
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise InputError(f"the {noun} {one_line(path)} cannot be read: {reason or one_line(error)}") from error
+
+
+def read_document(path: Path) -> object:
+    """The JSON in a file. Raises InputError."""
+    content = read_file(path, "workflow")
+    try:
+        return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"the workflow {path} is not JSON: {one_line(error, 120)}") from error
-    return parse_workflow(document)
 
 
 def parse_workflow(document: object) -> Workflow:
@@ -145,8 +209,9 @@ def parse_workflow(document: object) -> Workflow:
     while isinstance(document, dict):
         if isinstance(document.get("nodes"), list):
             raise InputError(f"this workflow is in ComfyUI's UI format; {EXPORT_HINT}")
-        if document and all(is_node(node) for node in document.values()):
-            return document
+        nodes = {key: node for key, node in document.items() if not key.startswith("_")}  # people write "_comment"
+        if nodes and all(is_node(node) for node in nodes.values()):
+            return nodes
         inner = next((document[key] for key in ("input", "workflow", "prompt") if key in document), None)
         if inner is None:
             break
@@ -172,6 +237,10 @@ def _part_key(part: str) -> tuple[int, int, str]:
     return (1, 0, part)
 
 
+def in_order(workflow: Workflow) -> list[str]:
+    return sorted(workflow, key=natural_key)
+
+
 def is_linked(value: object) -> bool:
     """ComfyUI takes every list for a link (execution.py `validate_inputs`, 0.3.64)."""
     return isinstance(value, list)
@@ -184,6 +253,12 @@ def source_of(workflow: Workflow, value: object) -> str | None:
     return None
 
 
+def links_of(workflow: Workflow, node_id: str) -> dict[str, str]:
+    """{input name: source node} of a node."""
+    inputs = workflow[node_id]["inputs"].items()
+    return {name: source for name, value in inputs if (source := source_of(workflow, value)) is not None}
+
+
 def label(workflow: Workflow, node_id: str) -> str:
     """A node as a person finds it in ComfyUI: `3 "Load Image" (LoadImage)`."""
     node = workflow[node_id]
@@ -194,7 +269,19 @@ def label(workflow: Workflow, node_id: str) -> str:
 
 
 def labels(workflow: Workflow, node_ids: Iterable[str]) -> str:
-    return ", ".join(label(workflow, node_id) for node_id in sorted(node_ids, key=natural_key))
+    return ", ".join(label(workflow, node_id) for node_id in sorted(set(node_ids), key=natural_key))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What was probably meant, for the end of a sentence."""
+    import difflib
+
+    names = list(known)
+    near = difflib.get_close_matches(word, names, 1, 0.5)
+    if near:
+        return f"; did you mean {one_line(near[0], 60)}?"
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return f"; there are {', '.join(one_line(name, 40) for name in names[:12])}{more}" if names else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,292 +289,822 @@ def labels(workflow: Workflow, node_ids: Iterable[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Change:
-    """One input that gets a new value."""
+class Place(NamedTuple):
+    """One input of one node."""
 
     node_id: str
     input_name: str
-    value: str | int
+
+    def __str__(self) -> str:
+        return f"{one_line(self.node_id, 40)}.{one_line(self.input_name, 60)}"
+
+
+class Change(NamedTuple):
+    """One input that gets a new value."""
+
+    place: Place
+    value: Any
 
 
 def apply_changes(workflow: Workflow, changes: Iterable[Change]) -> Workflow:
     """A copy with the changes made; the workflow given stays as it is."""
     changed = dict(workflow)
-    for change in changes:
-        node = changed[change.node_id]
-        changed[change.node_id] = {**node, "inputs": {**node["inputs"], change.input_name: change.value}}
+    for (node_id, input_name), value in changes:
+        node = changed[node_id]
+        changed[node_id] = {**node, "inputs": {**node["inputs"], input_name: value}}
     return changed
 
 
-def plan_images(workflow: Workflow, names: Sequence[str]) -> list[Change]:
-    """The names of the sent images, one for each LoadImage node, lowest node id first.
+def value_at(workflow: Workflow, place: Place) -> Any:
+    return workflow[place.node_id]["inputs"].get(place.input_name)
 
-    A node whose image comes by link is left alone. Raises InputError unless there are as many images as nodes: the
-    worker starts every job with an empty input folder, so a node that keeps its file would not find it.
-    """
-    free = [
-        node_id
-        for node_id, node in workflow.items()
-        if node["class_type"] == "LoadImage" and not is_linked(node["inputs"].get("image"))
+
+def by_place(places: Iterable[Place]) -> list[Place]:
+    return sorted(set(places), key=lambda place: (natural_key(place.node_id), place.input_name))
+
+
+def places_shown(workflow: Workflow, places: Sequence[Place], limit: int = 12) -> str:
+    """Places with the node's label and what they hold."""
+    listed = [
+        f"{label(workflow, node_id)}.{one_line(name, 60)} = {shown(workflow[node_id]['inputs'].get(name), 60)}"
+        for node_id, name in places[:limit]
     ]
-    free.sort(key=natural_key)
-    if len(names) != len(free):
-        where = (
-            f"takes {_count(len(free), 'image')}: {labels(workflow, free)}" if free else "has no free LoadImage node"
-        )
-        raise InputError(f"--img gives {_count(len(names), 'image')}, but the workflow {where}")
-    return [Change(node_id, "image", name) for node_id, name in zip(free, names, strict=True)]
+    return ", ".join(listed) + (f" and {len(places) - limit} more" if len(places) > limit else "")
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number or 'no'} {noun}" if number == 1 else f"{number or 'no'} {noun}s"
+def split_named(workflow: Workflow, text: str) -> tuple[str | None, str]:
+    """("6", "a cat") of "6=a cat" where there is a node 6, else (None, text). Raises InputError for a number that is
+    no node: a mistyped id must not end up in the text."""
+    name, equals, rest = text.partition("=")
+    if equals and name in workflow:
+        return name, rest
+    if equals and re.fullmatch(r"\d+(:\d+)*", name):
+        raise InputError(f"there is no node {one_line(name, 40)}{nearest(name, in_order(workflow))}")
+    return None, text
 
 
-# Where each text encoder of ComfyUI keeps its words (nodes.py and comfy_extras/nodes_qwen.py, 0.3.64).
-TEXT_INPUTS = {
-    "CLIPTextEncode": "text",
-    "TextEncodeQwenImageEdit": "prompt",
-    "TextEncodeQwenImageEditPlus": "prompt",
-}
-STRING_PRIMITIVES = {"PrimitiveString": "value", "PrimitiveStringMultiline": "value"}
+# --- files: which inputs of a workflow take one ----------------------------------------------------------------------
+
+# What the loaders of ComfyUI and of the common packages call their file, and of which kind it is.
+FILE_INPUTS = {"image": "image", "mask": "image", "video": "video", "audio": "audio"}
+FILE_INPUTS |= {"file": "video", "model_file": "file"}  # LoadVideo, Load3D (nodes_video.py, nodes_load_3d.py, 0.18.1)
+CORE_LOADERS = ("LoadImage", "LoadImageMask", "LoadImageOutput")
+LOADER = re.compile(r"(?<!up)(?<!down)load", re.I)
+# Their string is no file of the input folder: a path or folder of the machine, an address, the picture itself.
+NO_LOADER = re.compile(r"path|url|base64|dir\b|folder|from(server|cache|http)|dataset", re.I)
+
+
+class Slot(NamedTuple):
+    """An input that names a file; `kind` is "image", "video", "audio" or "file" (the rest)."""
+
+    place: Place
+    kind: str
+
+
+def slots_of(workflow: Workflow) -> list[Slot]:
+    """Every input that has to name a sent file: LoadImage's, then those of other loaders, in node-id order."""
+    linked = {source for node_id in workflow for source in links_of(workflow, node_id).values()}
+    found = all_slots(workflow)
+    return [slot for slot in found if slot.place.node_id in linked] or found  # ComfyUI runs no loader without use
+
+
+def all_slots(workflow: Workflow) -> list[Slot]:
+    """The same with the loaders that nothing uses."""
+    found = []
+    for node_id in in_order(workflow):
+        class_type, inputs = workflow[node_id]["class_type"], workflow[node_id]["inputs"]
+        names = [name for name in FILE_INPUTS if isinstance(inputs.get(name), str)]
+        if class_type in CORE_LOADERS:
+            names = ["image"] if not is_linked(inputs.get("image")) else []
+        elif not LOADER.search(class_type) or NO_LOADER.search(class_type):
+            names = []
+        found += [Slot(Place(node_id, name), FILE_INPUTS[name]) for name in names[:1]]
+    return sorted(found, key=lambda slot: workflow[slot.place.node_id]["class_type"] != "LoadImage")
+
+
+class GivenFile(NamedTuple):
+    """A file of the command line under the name that it is sent by; `node_id` is None where none was named."""
+
+    name: str
+    kind: str
+    node_id: str | None = None
+
+
+def plan_files(workflow: Workflow, given: Sequence[GivenFile], taken: Collection[Place] = ()) -> list[Change]:
+    """Where each file goes: to the node that it names, else to the first free input of its kind.
+
+    Raises InputError where there is none.
+    """
+    used, taken = slots_of(workflow), set(taken)
+    changes = []
+    for file in sorted(given, key=lambda file: file.node_id is None):
+        if file.node_id is None:
+            fits = [slot.place for slot in used if _fits(slot.kind, file.kind)]
+        else:
+            fits = [slot.place for slot in all_slots(workflow) if slot.place.node_id == file.node_id]
+        free = [place for place in fits if place not in taken]
+        if not free:
+            raise InputError(_no_slot_message(workflow, file, given))
+        taken.add(free[0])
+        changes.append(Change(free[0], file.name))
+    return changes
+
+
+def _fits(slot_kind: str, kind: str) -> bool:
+    return slot_kind == kind or ("file" in (slot_kind, kind) and "image" not in (slot_kind, kind))
+
+
+def _no_slot_message(workflow: Workflow, file: GivenFile, given: Sequence[GivenFile]) -> str:
+    is_image = file.kind == "image"
+    option, noun = ("--img", "image") if is_image else ("--file", "file")
+    nodes = [slot.place.node_id for slot in slots_of(workflow) if (slot.kind == "image") == is_image]
+    loaders = labels(workflow, nodes)
+    if file.node_id is not None:
+        takes = f"the nodes that take one file: {loaders}" if nodes else "no node of the workflow takes one"
+        return f"{option}: {label(workflow, file.node_id)} takes no further file; {takes}"
+    number = sum((other.kind == "image") == is_image for other in given)
+    where = f"takes {counted(len(nodes), noun)}: {loaders}" if nodes else f"has no node that loads a free {noun}"
+    return f"{option} gives {counted(number, noun)}, but the workflow {where}"
+
+
+def unfilled(workflow: Workflow, changes: Iterable[Change], names: Collection[str]) -> list[Slot]:
+    """The inputs that keep a file which is not sent: `names` are those that are."""
+    changed = {change.place for change in changes}
+    return [
+        slot
+        for slot in slots_of(workflow)
+        if slot.place not in changed and value_at(workflow, slot.place) not in [*names]
+    ]
+
+
+def unfilled_message(workflow: Workflow, slots: Sequence[Slot]) -> str:
+    options = " or ".join(
+        option for option in ("--img", "--file") if any((option == "--img") == (slot.kind == "image") for slot in slots)
+    )
+    return (
+        f"the workflow loads {counted(len(slots), 'file')} that {options} does not give: "
+        f"{places_shown(workflow, [slot.place for slot in slots])}; --keep-images leaves that so"
+    )
+
+
+# --- prompt text: traced from the samplers to where the words really live --------------------------------------------
+# The names below are those of ComfyUI 0.18.1 and of the nodes met in some 550 published workflows.
+
 OPPOSITE = {"positive": "negative", "negative": "positive"}
+ROLE_NAMES = {  # inputs that belong to one role by their name
+    role: re.compile(
+        rf"((text|prompt|cond|optional|opt|base|refiner)_)?({role}|{role[:3]})(_?(prompt|text|cond\w*|new|\d+)){{0,3}}",
+        re.I,
+    )
+    for role in OPPOSITE
+}
+SAMPLER = re.compile(r"sampler|guider", re.I)
+CONDITIONING = re.compile(r"conditioning.*|.*_conditioning|cond\d+|(text|prompt|hyvid)_embeds", re.I)
+TEXT_ENCODER = re.compile(r"clip|t5|text_?encoder", re.I)  # the model that a text encoder gets by link
+# A prompt's words: text, prompt, text_g and text_l (SDXL), clip_l and t5xxl (Flux, SD3), bert and mt5xl (HunyuanDiT),
+# user_prompt (Lumina2), tags (ACE-Step), wildcard_text and populated_text (Impact), text_a ... of concatenations.
+WORDS = re.compile(
+    r"((user|global|main|edit|basic|wildcard|populated)_)?(text_?|prompt_?|caption)+(_?([a-l]|\d+|input))?|clip_[gl]|t5xxl"
+    r"|bert|mt5xl|llama|qwen25_7b|tags|body",
+    re.I,
+)
+# Of nodes for strings also these.
+STRINGS = re.compile(r"|((input|source)_)?(string|str|value|any|anything|source|input)(_?([a-h]|\d+))?", re.I)
+STRING_NODE = re.compile(r"str|text|prompt|primitive|any|concat|join|literal", re.I)
+SHOWS = re.compile(r"show|display|preview|save", re.I)  # nodes with texts that are shown or saved, not used
+NO_WORDS = re.compile(rf"{SHOWS.pattern}|{LOADER.pattern}|math", re.I)  # nodes whose own strings are no words
+MEDIA = re.compile(r"images?|pixels|video|audio|frames", re.I)
+MAKES_UP_WORDS = re.compile(
+    r"llm|ollama|gpt|gemini|claude|florence|llava|joycap|blip|tagger|interrogat|captioner|vlm|qwen.*vl|textgenerate",
+    re.I,
+)
+# Links that no words of a picture come through: instructions for such a node, numbers, choices.
+NO_WAY = re.compile(r"system|instruct|select|index|switch|bool|strength|width|height|length|seed|steps|frame", re.I)
+ENHANCES_WORDS = re.compile(r"enhance", re.I)  # takes a person's words and adds to them
+NO_PROMPT = re.compile(
+    r"segment|dino|sam\d?|detect|mask|clipseg|show|save", re.I
+)  # their `prompt` is not for a picture
+ENDS_TEXT = frozenset({"ConditioningZeroOut"})  # its output does not depend on the text (nodes.py, 0.18.1)
+MAX_DEPTH = 150
 
-Place = tuple[str, str]  # node id, input name
 
+class TextTrace:
+    """Follows links upstream to the places that hold the text of one role ("positive" or "negative").
 
-def plan_text(workflow: Workflow, text: str, role: str = "positive") -> list[Change]:
-    """The one place where the text of `role` ("positive" or "negative") lives, found by tracing the graph.
-
-    Raises InputError where no place, or more than one, feeds only this role: guessing could overwrite the other text.
+    A text is a set of places: an encoder can have several fields (clip_l and t5xxl), and all of them get the words.
+    `parts` are all places met that belong to the role by a name, `joined` those of which one node makes one text,
+    `computed` the nodes that make their words up.
     """
-    encoders = encoders_reached(workflow, role)
-    if role == "positive" and not _has_roles(workflow):
-        encoders = {node_id for node_id, node in workflow.items() if node["class_type"] in TEXT_INPUTS}
-    wanted = {_text_place(workflow, encoder) for encoder in encoders}
-    untouchable = _text_nodes(workflow, encoders_reached(workflow, OPPOSITE[role]))
-    candidates = {place for place in wanted if place[0] not in untouchable}
-    if len(candidates) == 1:
-        node_id, input_name = candidates.pop()
-        if is_linked(workflow[node_id]["inputs"].get(input_name)):
-            raise InputError(_linked_text_message(workflow, node_id, input_name))
-        return [Change(node_id, input_name, text)]
-    if candidates:
-        found = labels(workflow, {node_id for node_id, _ in candidates})
-        raise InputError(f"the {role} text could go into several nodes and nothing tells them apart: {found}")
-    if wanted:
-        found = labels(workflow, {node_id for node_id, _ in wanted})
-        raise InputError(f"the {role} text is also the {OPPOSITE[role]} one, in {found}; give each its own node")
-    raise InputError(f"no text encoder feeds a {role} input; the known ones are {', '.join(TEXT_INPUTS)}")
+
+    def __init__(self, workflow: Workflow, role: str) -> None:
+        self.role = role
+        self._workflow = workflow
+        self._known: dict[tuple[str, bool], list[frozenset[Place]]] = {}
+        self.parts: set[Place] = set()
+        self.joined: set[Place] = set()
+        self.computed: set[str] = set()
+
+    def texts_of(self, node_id: str, named: bool = False, depth: int = 0) -> list[frozenset[Place]]:
+        """The texts that a node's output comes from, one or alternatives.
+
+        `named`: an input on the way was the role's by its name. Without one, no text counts as negative.
+        """
+        key = (node_id, named)
+        if key not in self._known:
+            self._known[key] = []  # for cycles
+            if self._workflow[node_id]["class_type"] not in ENDS_TEXT and depth < MAX_DEPTH:
+                self._known[key] = self._find(node_id, named, depth)
+        return self._known[key]
+
+    def texts_of_sink(self, node_id: str) -> list[frozenset[Place]]:
+        """The same by the inputs of a sampler that are for conditioning."""
+        names, named = self._for_role(node_id)
+        return [text for name in names for text in self.texts_at(node_id, name, named, 0)]
+
+    def is_sink(self, node_id: str) -> bool:
+        """Whether a node takes the role by an input's name, or is a sampler that takes one conditioning for it."""
+        names, by_role = self._for_role(node_id)
+        class_type = self._workflow[node_id]["class_type"]
+        return bool(SAMPLER.search(class_type) if not by_role else not SHOWS.search(class_type)) and bool(names)
+
+    def _find(self, node_id: str, named: bool, depth: int) -> list[frozenset[Place]]:
+        class_type, links = self._workflow[node_id]["class_type"], links_of(self._workflow, node_id)
+        is_encoder = is_text_encoder(self._workflow, node_id)
+        names, by_role = self._for_role(node_id)
+        if not names:
+            names = self._words(node_id)
+            made_up = MAKES_UP_WORDS.search(class_type) or (
+                names and not is_encoder and any(map(MEDIA.fullmatch, links))
+            )
+            if made_up and not ENHANCES_WORDS.search(class_type):
+                self.computed.add(node_id)
+                return []
+        names = names or [name for name in self._texty(node_id) if name in links and not NO_WAY.search(name)]
+        found = {name: self.texts_at(node_id, name, named or by_role, depth) for name in names}
+        texts = [texts for texts in found.values() if texts]
+        if is_encoder and all(len(alternatives) == 1 for alternatives in texts):  # every field of it gets the words
+            return [frozenset().union(*(alternatives[0] for alternatives in texts))] if texts else []
+        if not is_encoder and not by_role:  # a node of its own for a text wins over what a concatenation adds to it
+            texts = [alternatives for name, alternatives in found.items() if name in links and alternatives] or texts
+        together = list(dict.fromkeys(text for alternatives in texts for text in alternatives))
+        if len(texts) > 1:
+            self.joined.update(*together)
+        return together
+
+    def texts_at(self, node_id: str, name: str, named: bool = False, depth: int = 0) -> list[frozenset[Place]]:
+        """The texts that one input comes from."""
+        source = source_of(self._workflow, self._workflow[node_id]["inputs"].get(name))
+        if source is not None:
+            return self.texts_of(source, named, depth + 1)
+        if not isinstance(self._workflow[node_id]["inputs"].get(name), str) or (self.role == "negative" and not named):
+            return []
+        place = Place(node_id, name)
+        if named:
+            self.parts.add(place)
+        return [frozenset({place})]
+
+    def _for_role(self, node_id: str) -> tuple[list[str], bool]:
+        """The inputs that are the role's by their name, and True; else those for conditioning, and False."""
+        names, links = self._texty(node_id), links_of(self._workflow, node_id)
+        by_role = [name for name in names if ROLE_NAMES[self.role].fullmatch(name)]
+        return by_role or [name for name in names if name in links and CONDITIONING.fullmatch(name)], bool(by_role)
+
+    def _words(self, node_id: str) -> list[str]:
+        """The inputs that hold words, or are linked to them, by their name and the node's class."""
+        names, links = self._texty(node_id), links_of(self._workflow, node_id)
+        class_type = self._workflow[node_id]["class_type"]
+        if NO_WORDS.search(class_type):
+            names = [name for name in names if name in links]
+        words = [name for name in names if WORDS.fullmatch(name)]
+        return words or [name for name in names if STRINGS.fullmatch(name) and STRING_NODE.search(class_type)]
+
+    def _texty(self, node_id: str) -> list[str]:
+        """The inputs that hold a string or a link, without those that the other role has by their name."""
+        links, other = links_of(self._workflow, node_id), ROLE_NAMES[OPPOSITE[self.role]]
+        inputs = self._workflow[node_id]["inputs"].items()
+        return [
+            name for name, value in inputs if (isinstance(value, str) or name in links) and not other.fullmatch(name)
+        ]
 
 
-def encoders_reached(workflow: Workflow, role: str) -> set[str]:
-    """The known text encoders upstream of every `role` input, through conditioning nodes."""
-    pending = [
-        source for node in workflow.values() if (source := source_of(workflow, node["inputs"].get(role))) is not None
-    ]
-    found: set[str] = set()
-    seen: set[str] = set()
-    while pending:
-        node_id = pending.pop()
-        if node_id in seen:
-            continue
-        seen.add(node_id)
-        class_type = workflow[node_id]["class_type"]
-        if class_type in TEXT_INPUTS:
-            found.add(node_id)
-        elif class_type != "ConditioningZeroOut":  # its output does not depend on the text (nodes.py, 0.3.64)
-            pending += _conditioning_sources(workflow, node_id, role)
-    return found
+def plan_text(workflow: Workflow, text: str, role: str = "positive", node_id: str | None = None) -> list[Change]:
+    """The places where the text of `role` ("positive" or "negative") lives, found by tracing the graph from the
+    samplers, or from the node that was named.
+
+    Raises InputError where no text, or more than one, feeds only this role: guessing could overwrite the other one.
+    """
+    trace = TextTrace(workflow, role)
+    texts = trace.texts_of(node_id, named=True) if node_id is not None else _traced_from_samplers(workflow, trace, role)
+    others = _parts_of(workflow, OPPOSITE[role]) if node_id is None else set()
+    own = list(dict.fromkeys(text for text in texts if not text & others))
+    own = [text for text in own if not _adds_nothing(workflow, text, own)] or own
+    places = by_place(place for text in own for place in text)
+    literals = {value_at(workflow, place) for place in places}
+    if len(own) == 1 or (len(literals) == 1 and (literals != {""} or not trace.joined)):
+        return [Change(place, text) for place in places]
+    found = by_place(place for text in texts for place in text)
+    raise InputError(_no_text_message(workflow, trace, places, found, node_id))
 
 
-def _conditioning_sources(workflow: Workflow, node_id: str, role: str) -> list[str]:
-    """Where a node's conditioning comes from. A node with both roles (ControlNetApplyAdvanced) keeps them apart."""
-    sources = {
-        name: source
+def _adds_nothing(workflow: Workflow, text: frozenset[Place], others: Sequence[frozenset[Place]]) -> bool:
+    """Whether a text is empty; but a node of its own for a string waits for words, unless such a node has them."""
+    words = [other for other in others if any(value_at(workflow, place) for place in other)]
+    return text not in words and (
+        any(links_of(workflow, place.node_id) for place in text)
+        or any(not links_of(workflow, place.node_id) for other in words for place in other)
+    )
+
+
+def _traced_from_samplers(workflow: Workflow, trace: TextTrace, role: str) -> list[frozenset[Place]]:
+    """The texts of the samplers, else of every node that has inputs for both roles. Where nothing takes a positive
+    text: of the text encoders, else of inputs named `prompt` (API nodes)."""
+    sinks = _sinks(workflow, trace)
+    for chosen in (sinks[0], sinks[0] + sinks[1]):
+        texts = [text for node_id in chosen for text in trace.texts_of_sink(node_id)]
+        if texts or trace.computed:
+            return texts
+    if role == "negative" or sinks != ([], []):
+        return []
+    encoders = [node_id for node_id in in_order(workflow) if is_text_encoder(workflow, node_id)]
+    texts = [text for node_id in encoders for text in trace.texts_of(node_id)]
+    prompts = [node_id for node_id in in_order(workflow) if not NO_PROMPT.search(workflow[node_id]["class_type"])]
+    return texts or [text for node_id in prompts for text in trace.texts_at(node_id, "prompt")]
+
+
+def _sinks(workflow: Workflow, trace: TextTrace) -> tuple[list[str], list[str]]:
+    """The nodes that take the trace's role: samplers and guiders, and the rest."""
+    sinks = [node_id for node_id in in_order(workflow) if trace.is_sink(node_id)]
+    samplers = [node_id for node_id in sinks if SAMPLER.search(workflow[node_id]["class_type"])]
+    return samplers, [node_id for node_id in sinks if node_id not in samplers]
+
+
+def _parts_of(workflow: Workflow, role: str) -> set[Place]:
+    """Every place that has a part in the text of a role."""
+    trace = TextTrace(workflow, role)
+    samplers, others = _sinks(workflow, trace)
+    for node_id in samplers or others:
+        trace.texts_of_sink(node_id)
+    return trace.parts
+
+
+def is_text_encoder(workflow: Workflow, node_id: str) -> bool:
+    node = workflow[node_id]
+    linked = [name for name, value in node["inputs"].items() if is_linked(value)]
+    return bool(re.search("text_?encode|wildcard", node["class_type"], re.I)) or any(map(TEXT_ENCODER.search, linked))
+
+
+def _no_text_message(
+    workflow: Workflow, trace: TextTrace, own: Sequence[Place], found: Sequence[Place], node_id: str | None
+) -> str:
+    """`own`: the places to choose from; `found`: also those of the other role; `node_id`: the node that was named."""
+    option = {"positive": "--prompt", "negative": "--negative"}[trace.role]
+    if own:
+        hint = f"name a node as in {option} {one_line(own[0].node_id, 40)}=TEXT, or use --set {own[0]}=TEXT"
+        return f"the {trace.role} text could go into several places: {places_shown(workflow, own)}; {hint}"
+    if found:
+        hint = f"give each a node of its own, or change both with --set {found[0]}=TEXT"
+        return f"the {trace.role} text is also the {OPPOSITE[trace.role]} one: {places_shown(workflow, found)}; {hint}"
+    texts = places_shown(workflow, words_in(workflow))
+    hint = f"; texts that --set can change: {texts}" if texts else "; the workflow holds no text"
+    if trace.computed:
+        return f"the {trace.role} text is made up by {labels(workflow, trace.computed)}{hint}"
+    if node_id is not None:
+        return f"{option}: {label(workflow, node_id)} gets no {trace.role} text{hint}"
+    return f"no text encoder feeds a {trace.role} input{hint}"
+
+
+def words_in(workflow: Workflow) -> list[Place]:
+    """Every string that by its input's name may be words."""
+    return [
+        Place(node_id, name)
+        for node_id in in_order(workflow)
         for name, value in workflow[node_id]["inputs"].items()
-        if (source := source_of(workflow, value)) is not None
+        if isinstance(value, str) and (WORDS.fullmatch(name) or name in ("value", "string"))
+    ]
+
+
+# --- seeds, and any input by name ------------------------------------------------------------------------------------
+
+SEED_INPUTS = ("seed", "noise_seed", "rand_seed")
+MAX_SEED = 2**64 - 1
+SEED_LIMIT = 2**31  # nodes of paid APIs take no more (comfy_api_nodes/nodes_openai.py, 0.18.1); others 2**32 and up
+
+
+def seed_places(workflow: Workflow) -> list[Place]:
+    """Where every seed lives, in node-id order: in the node's own input, or in the primitive that it is linked to.
+
+    A primitive whose number also feeds something that is no seed (a width, say) is not among them.
+    """
+    places: list[Place] = []
+    carriers: dict[str, Place] = {}  # nodes that a linked seed comes through, and the place at the end
+    for node_id in in_order(workflow):
+        for name in SEED_INPUTS:
+            value = workflow[node_id]["inputs"].get(name)
+            if isinstance(value, int | float | str) and not isinstance(value, bool):  # str: "{{seed}}" of a template
+                places.append(Place(node_id, name))
+            elif (holder := _number_behind(workflow, value)) is not None:
+                carriers |= dict.fromkeys(holder[1], holder[0])
+                places.append(holder[0])
+    shared = {
+        carriers[source]
+        for node_id in workflow
+        for name, source in links_of(workflow, node_id).items()
+        if source in carriers and node_id not in carriers and "seed" not in name.lower()
     }
-    if role in sources:
-        return [sources[role]]
-    conditioning = [source for name, source in sources.items() if "cond" in name]
-    return conditioning or [source for name, source in sources.items() if name != OPPOSITE[role]]
+    return by_place(place for place in places if place.input_name in SEED_INPUTS or place not in shared)
 
 
-def _text_place(workflow: Workflow, encoder: str) -> Place:
-    """The input that holds an encoder's words: a string primitive's where one is linked, else the encoder's own."""
-    input_name = TEXT_INPUTS[workflow[encoder]["class_type"]]
-    source = source_of(workflow, workflow[encoder]["inputs"].get(input_name))
-    if source is not None and workflow[source]["class_type"] in STRING_PRIMITIVES:
-        return source, STRING_PRIMITIVES[workflow[source]["class_type"]]
-    return encoder, input_name
+def seeds_left(workflow: Workflow, changes: Iterable[Change]) -> list[Place]:
+    """The seeds that are linked to something which the changes do not reach."""
+    changed = {change.place for change in changes}
+    linked = [
+        Place(node_id, name)
+        for node_id in in_order(workflow)
+        for name in links_of(workflow, node_id)
+        if name in SEED_INPUTS
+    ]
+    found = [(place, _number_behind(workflow, value_at(workflow, place))) for place in linked]
+    return [place for place, holder in found if holder is None or holder[0] not in changed]
 
 
-def _text_nodes(workflow: Workflow, encoders: Iterable[str]) -> set[str]:
-    """The encoders and every node that has a part in their words."""
-    nodes = set(encoders)
-    pending = [workflow[encoder]["inputs"].get(TEXT_INPUTS[workflow[encoder]["class_type"]]) for encoder in nodes]
-    while pending:
-        source = source_of(workflow, pending.pop())
-        if source is not None and source not in nodes:
-            nodes.add(source)
-            pending += workflow[source]["inputs"].values()
-    return nodes
+def _number_behind(workflow: Workflow, value: object) -> tuple[Place, list[str]] | None:
+    """The one number that a link comes from, and the nodes on the way: through primitives and sums with one link."""
+    way: dict[str, None] = {}
+    while (node_id := source_of(workflow, value)) is not None and node_id not in way and len(way) < MAX_DEPTH:
+        way[node_id] = None
+        inputs, links = workflow[node_id]["inputs"], links_of(workflow, node_id)
+        names = [name for name in SEED_INPUTS if name in inputs] or list(links)
+        names = names or [name for name, number in inputs.items() if is_whole_number(number)]
+        if len(names) != 1:
+            return None
+        value = inputs[names[0]]
+        if is_whole_number(value) or (names[0] in SEED_INPUTS and not is_linked(value)):
+            return Place(node_id, names[0]), list(way)
+    return None
 
 
-def _has_roles(workflow: Workflow) -> bool:
-    return any(is_linked(node["inputs"].get(role)) for node in workflow.values() for role in OPPOSITE)
-
-
-def _linked_text_message(workflow: Workflow, node_id: str, input_name: str) -> str:
-    source = source_of(workflow, workflow[node_id]["inputs"][input_name])
-    origin = label(workflow, source) if source is not None else "a node that is not in the workflow"
-    return f"the text of {label(workflow, node_id)} comes by link from {origin}, which is no plain string node"
+def is_whole_number(value: object) -> TypeGuard[int]:
+    return type(value) is int
 
 
 def plan_seeds(workflow: Workflow, draw: Callable[[], int]) -> list[Change]:
-    """A new value for every `seed` and `noise_seed` that is a number and not linked; one draw for each."""
-    return [
-        Change(node_id, input_name, draw())
-        for node_id in sorted(workflow, key=natural_key)
-        for input_name in ("seed", "noise_seed")
-        if type(workflow[node_id]["inputs"].get(input_name)) is int
-    ]
+    """A new value for every seed; one draw for each node."""
+    places = seed_places(workflow)
+    draws = {node_id: draw() for node_id in dict.fromkeys(place.node_id for place in places)}
+    return [Change(place, draws[place.node_id]) for place in places]
+
+
+def plan_set(workflow: Workflow, assignment: str) -> Change:
+    """The change that `NODE.INPUT=VALUE` asks for. VALUE is JSON or a string; a string where the input holds one now.
+
+    Raises InputError for what is not there, and for links, which are never cut or made.
+    """
+    target, equals, text = assignment.partition("=")
+    dots = [match.start() for match in re.finditer(r"\.", target)]
+    if not equals or not dots:
+        raise InputError(f"--set {one_line(assignment, 60)} has not the form NODE.INPUT=VALUE")
+    # Both can have dots: the longest node id that there is.
+    dot = next((dot for dot in reversed(dots) if target[:dot] in workflow), dots[0])
+    node_id, name = target[:dot], target[dot + 1 :]
+    if node_id not in workflow:
+        raise InputError(f"--set: there is no node {one_line(node_id, 40)}{nearest(node_id, in_order(workflow))}")
+    inputs = workflow[node_id]["inputs"]
+    if name not in inputs:
+        raise InputError(f"--set: {label(workflow, node_id)} has no input {one_line(name, 60)}{nearest(name, inputs)}")
+    if is_linked(inputs[name]):
+        source = source_of(workflow, inputs[name])
+        origin = label(workflow, source) if source is not None else "a node that is not there"
+        raise InputError(f"--set: {Place(node_id, name)} comes by link from {origin}; set an input of that one")
+    value = parse_value(text)
+    if is_linked(value):
+        raise InputError(f"--set {Place(node_id, name)}: ComfyUI would take a list for a link")
+    if isinstance(inputs[name], str) and not isinstance(value, str):
+        value = text
+    if isinstance(inputs[name], bool) and not isinstance(value, bool):  # ComfyUI takes any other text for true
+        if text.lower() not in ("true", "false"):
+            raise InputError(f"--set {Place(node_id, name)} takes true or false")
+        value = text.lower() == "true"
+    return Change(Place(node_id, name), value)
+
+
+def parse_value(text: str) -> Any:
+    """JSON, else the text itself; also for NaN and Infinity, which are no JSON."""
+
+    def refuse(_: str) -> NoReturn:
+        raise ValueError
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Endpoint: one job on RunPod's HTTP API
+# Files: pictures as ComfyUI reads them
+# ---------------------------------------------------------------------------------------------------------------------
+
+AS_THEY_ARE = frozenset({"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"})  # formats that ComfyUI's Pillow always reads
+LOSSY = frozenset({"JPEG", "MPO", "HEIF", "AVIF"})
+EIGHT_BIT = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "La"})
+ORIENTATION = 0x0112  # Exif 2.3: 1 is upright
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file as it is sent. `remark` says what was done to it; `suffix` is what its name has to end in."""
+
+    content: bytes
+    remark: str = ""
+    suffix: str = ""
+
+
+def read_picture(path: Path, max_side: int | None = None) -> Picture:
+    """An image that Pillow can decode to the end: as it is in the file, or written anew where that needs it.
+
+    That is: upright by its Exif orientation, in a format and with colours that ComfyUI reads, not larger than
+    `max_side` pixels. A moving picture is never changed. Raises InputError.
+    """
+    import struct
+    import warnings
+    import zlib
+
+    from PIL import Image, UnidentifiedImageError
+
+    content = read_file(path, "image")
+    with suppress(ImportError):
+        import pillow_heif  # type: ignore[import-not-found,unused-ignore]
+
+        pillow_heif.register_heif_opener()
+    warnings.filterwarnings("ignore", module="PIL")  # its remarks on odd files; what matters is raised
+    damage = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, ArithmeticError)
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            return _prepared(image, content, max_side)
+    except (*damage, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        reason = "it is empty" if not content else f"{network_reason(error)}"
+        reason = f": {reason}" if not content or not isinstance(error, UnidentifiedImageError) else ""
+        hint = "; `pip install pillow-heif` reads it" if path.suffix.lower() in (".heic", ".heif") else ""
+        raise InputError(f"{path} is not an image that can be read{reason}{hint}") from error
+
+
+def _prepared(image: Image.Image, content: bytes, max_side: int | None) -> Picture:
+    from PIL import ImageOps
+
+    kind, done, changed = str(image.format), [], image
+    moves = kind in ("GIF", "WEBP", "PNG") or (kind == "TIFF" and image.mode in EIGHT_BIT)
+    if getattr(image, "n_frames", 1) > 1 and moves:
+        shrunk = max_side is not None and max(image.size) > max_side
+        return Picture(content, "it moves, so it is sent as it is" if shrunk else "")
+    if kind not in AS_THEY_ARE:
+        done.append(f"from {kind}")
+    if getattr(image, "n_frames", 1) > 1 and kind != "MPO":  # whose second picture is a preview, or the other eye's
+        done.append(f"the first of {image.n_frames} pictures")  # type: ignore[attr-defined]
+    if image.getexif().get(ORIENTATION) in range(2, 9):
+        changed = ImageOps.exif_transpose(changed)
+        done.append("upright")
+    if changed.mode not in EIGHT_BIT:
+        done.append(
+            f"8 bits instead of {changed.mode}" if changed.mode[0] in "IF" else f"RGB instead of {changed.mode}"
+        )
+        changed = _eight_bit(changed)
+    if max_side is not None and max(changed.size) > max_side:
+        before = changed.size
+        changed = changed.convert({"P": "RGBA", "PA": "RGBA", "1": "L"}.get(changed.mode, changed.mode))
+        changed.thumbnail((max_side, max_side))
+        done.append(f"{changed.width} x {changed.height} instead of {before[0]} x {before[1]}")
+    if not done:
+        return Picture(content)
+    stream = io.BytesIO()
+    as_jpeg = kind in LOSSY and changed.mode in ("L", "RGB")
+    options = {"quality": 95, "subsampling": 0} if as_jpeg else {"compress_level": 4}
+    changed.save(stream, "JPEG" if as_jpeg else "PNG", icc_profile=_icc_profile(image, changed), **options)
+    remark = f"{', '.join(done)}; {len(content) / 1e6:.2f} -> {stream.tell() / 1e6:.2f} MB"
+    return Picture(stream.getvalue(), remark, ".jpg" if as_jpeg else ".png")
+
+
+def _icc_profile(image: Image.Image, changed: Image.Image) -> bytes | None:
+    """The picture's colour profile, unless it belonged to colours that the changed one has no more."""
+    profile = image.info.get("icc_profile")
+    same = changed.getbands()[:3] == image.getbands()[:3]
+    return profile if same and isinstance(profile, bytes) else None
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Integers of 16 bits and floats from 0 to 1 scaled to a byte, larger ones by their maximum; other modes as RGB."""
+    if image.mode[0] not in "IF":
+        return image.convert("RGB")
+    wide = image.convert("F")
+    top = float(wide.getextrema()[1])  # type: ignore[arg-type]
+    usual = 1.0 if image.mode == "F" else 65535.0
+    return wide.point(lambda value: value * (255.0 / max(usual, top))).convert("L")
+
+
+@dataclass
+class Job:
+    """What is sent. `images` and `files` map names to contents, or to https URLs that the worker fetches."""
+
+    workflow: Workflow
+    images: dict[str, bytes | str] = field(default_factory=dict)
+    files: dict[str, bytes | str] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the files by their names, for run.json
+    recorded: Mapping[str, Any] = field(default_factory=dict)  # the same of the run.json that the workflow comes from
+    wishes: dict[str, Any] = field(default_factory=dict)  # debug, output_format, output_quality
+    timeout_s: float = 1800.0
+
+    def sent(self) -> dict[str, bytes | str]:
+        return {**self.images, **self.files}
+
+
+def request_body(job: Job) -> bytes:
+    """The body of /run and /runsync. Raises InputError for what JSON cannot hold."""
+
+    def encoded(files: Mapping[str, bytes | str]) -> dict[str, str]:
+        return {
+            name: data if isinstance(data, str) else base64.b64encode(data).decode() for name, data in files.items()
+        }
+
+    request: dict[str, Any] = {"workflow": job.workflow, "images": encoded(job.images), "files": encoded(job.files)}
+    request = {key: value for key, value in request.items() if value} | job.wishes
+    timeout_ms = max(MIN_EXECUTION_TIMEOUT_MS, round(job.timeout_s * 1000))
+    try:
+        return json.dumps({"input": request, "policy": {"executionTimeout": timeout_ms}}, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the workflow cannot be sent as JSON: {one_line(error, 120)}") from error
+
+
+def size_warning(job: Job, size_bytes: int, sync: bool) -> str | None:
+    """What to say of a request that RunPod will not take."""
+    limit_bytes = RUNSYNC_LIMIT_BYTES if sync else RUN_LIMIT_BYTES
+    if size_bytes <= limit_bytes:
+        return None
+    sizes = ", ".join(f"{name} {len(data) * 4 / 3e6:.1f} MB" for name, data in job.sent().items()) or "no files"
+    helps = "" if sync or size_bytes > RUNSYNC_LIMIT_BYTES else ", or --sync, which takes 20 MB"
+    return (
+        f"the request has {size_bytes / 1e6:.1f} MB ({sizes}) and RunPod takes {limit_bytes / 1e6:.0f} MB; "
+        f"what helps: --max-side N for smaller pictures{helps}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Servers: a RunPod endpoint, or ComfyUI itself; a job is handed over, followed, cancelled
 # ---------------------------------------------------------------------------------------------------------------------
 
 FINAL_STATES = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
 TIMEOUT_REASON = re.compile(r"executionTimeout exceeded|\[JOB_TIMEOUT\]")  # by RunPod and by the worker, both FAILED
 
+HANDOVER_FAILED = "the job could not be handed over; it may have been taken all the same, and then runs to its end"
 
-class Endpoint:
-    """A RunPod Serverless endpoint, as docs.runpod.io describes its /run, /status and /cancel.
+Status = dict[str, Any]  # as GET /status answers: `status`, `output`, `error`, `delayTime`, `executionTime`
+STATUS_FACTS = ("delayTime", "executionTime", "workerId")
 
-    `deadline` arguments are readings of `clock`. Every method raises PlatformError.
-    """
+
+class Server:
+    """One HTTP server that runs jobs. `deadline` arguments are readings of `now`. Methods raise PlatformError."""
+
+    last_poll_s = LAST_POLL_S
 
     def __init__(
         self,
         url: str,
-        endpoint_id: str,
-        key: str,
+        key: str | None = None,
         *,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         import requests
 
         def bearer(request: requests.PreparedRequest) -> requests.PreparedRequest:
-            request.headers["Authorization"] = f"Bearer {key}"
+            if key is not None:
+                request.headers["Authorization"] = f"Bearer {key}"
             return request
 
         self._session = requests.Session()
         self._session.auth = bearer  # a plain header would lose against an entry in ~/.netrc
-        self._base = f"{url.rstrip('/')}/{quote(endpoint_id, safe='')}"
-        self._sleep = sleep
-        self.clock = clock
+        self._base = url.rstrip("/")
+        self._clock = clock
+        self._slept_s = 0.0
+        self.sleep = sleep
+        self.is_handing_over = False  # a request is under way with which a job begins
 
-    def submit(self, body: bytes, deadline: float) -> str:
-        """Starts the job and returns its id. Sent again only after HTTP 429: otherwise a second job could be billed."""
-        delay_s = FIRST_POLL_S
+    def now(self) -> float:
+        """Seconds by `clock`, without those that the computer slept: they are nobody's delay."""
+        return self._clock() - self._slept_s
+
+    def _note_sleep(self, began: float, longest_s: float) -> None:
+        """A step that took much longer than it can."""
+        late_s = self.now() - began - longest_s
+        if late_s > SLEEP_GAP_S:
+            self._slept_s += late_s
+
+    def submit(self, job: Job, deadline: float) -> str:
+        """Starts the job and returns its id."""
+        raise NotImplementedError
+
+    def status(self, job_id: str) -> Status:
+        raise NotImplementedError
+
+    def _cancel(self, job_id: str) -> str:
+        raise NotImplementedError
+
+    def cancel(self, job_id: str) -> str:
+        """Takes the job out of the queue, or stops it; returns its state then. Without a usable answer it is tried for
+        CANCEL_TIMEOUT_S, and not by `sleep`, which Ctrl-C may have ended."""
+        deadline, delay_s = self._clock() + CANCEL_TIMEOUT_S, FIRST_POLL_S
         while True:
             try:
-                answer = self._call("POST", "/run", body=body)
-                break
-            except NotFound as error:
-                raise PlatformError(f"there is no endpoint at {self._base}") from error
+                return self._cancel(job_id)
             except Unreachable as error:
-                if not error.busy:
-                    raise PlatformError(f"the job could not be handed over: {error}") from error
-                self._wait(max(delay_s, error.retry_after_s), deadline)
-                delay_s = min(delay_s * POLL_GROWTH, LAST_POLL_S)
-        job_id = answer.get("id")
-        if not isinstance(job_id, str) or not re.fullmatch(r"[\w.-]{1,200}", job_id):
-            raise PlatformError("the endpoint took the job and named no id for it that could be asked for")
-        return job_id
+                delay_s = max(delay_s * POLL_GROWTH, error.retry_after_s)
+                if self._clock() + delay_s > deadline:
+                    raise
+                time.sleep(delay_s)
 
-    def follow(self, job_id: str, deadline: float, on_status: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+    def follow(self, job_id: str, deadline: float, on_status: Callable[[Status], None]) -> Status:
         """Asks until the job is in a final state and returns that answer; gives every other one to `on_status`.
 
-        Raises JobTimedOut at the deadline, and PlatformError once nothing usable was heard for SILENCE_LIMIT_S.
+        Raises JobTimedOut at the deadline, and PlatformError once nothing usable was heard for SILENCE_LIMIT_S. Time
+        that the computer sleeps does not count.
         """
         delay_s = FIRST_POLL_S
-        heard_at = self.clock()
+        heard_at = self.now()
         state = None
         while True:
             pause_s = 0.0
             try:
-                status = self._status(job_id)
+                status = self.status(job_id)
             except Unreachable as error:
                 if error.busy:
-                    heard_at = self.clock()
-                elif self.clock() - heard_at > SILENCE_LIMIT_S:
+                    heard_at = self.now()
+                elif self.now() - heard_at > SILENCE_LIMIT_S:
                     raise PlatformError(f"job {job_id} is out of sight and may still run: {error}") from error
                 pause_s = error.retry_after_s
             else:
-                heard_at = self.clock()
+                heard_at = self.now()
                 if status["status"] in FINAL_STATES:
                     return status
                 on_status(status)
                 if status["status"] != state:
                     state, delay_s = status["status"], FIRST_POLL_S
             self._wait(max(delay_s, pause_s), deadline)
-            delay_s = min(delay_s * POLL_GROWTH, LAST_POLL_S)
-
-    def cancel(self, job_id: str) -> None:
-        """Takes the job out of the queue, or stops it."""
-        self._call("POST", f"/cancel/{job_id}", read_timeout_s=CANCEL_TIMEOUT_S)
-
-    def _status(self, job_id: str) -> dict[str, Any]:
-        try:
-            status = self._call("GET", f"/status/{job_id}")
-        except NotFound as error:
-            raise PlatformError(f"RunPod no longer knows job {job_id}: its time to live is over") from error
-        if not isinstance(status.get("status"), str):
-            raise Unreachable("an answer without a status")
-        return status
+            delay_s = min(delay_s * POLL_GROWTH, self.last_poll_s)
 
     def _wait(self, pause_s: float, deadline: float) -> None:
-        remaining_s = deadline - self.clock()
-        if remaining_s <= 0:
+        """Pauses, at most to the deadline."""
+        began = self.now()
+        if deadline <= began:
             raise JobTimedOut("the job was not done within --timeout")
-        self._sleep(min(pause_s, remaining_s))
+        pause_s = min(pause_s, deadline - began)
+        self.sleep(pause_s)
+        self._note_sleep(began, pause_s)
 
-    def _call(
-        self, method: str, path: str, *, body: bytes | None = None, read_timeout_s: float = READ_TIMEOUT_S
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        files: Mapping[str, Any] | None = None,
+        read_timeout_s: float = READ_TIMEOUT_S,
     ) -> dict[str, Any]:
-        """One request; the JSON object that was answered. Redirects are not followed: the API has none."""
+        """One request; the JSON object that was answered. Redirects are not followed: neither API has any."""
         import requests
 
+        request, began = f"{method} {self._base}{path}", self.now()
         try:
             response = self._session.request(
                 method,
                 self._base + path,
                 # http.client sends a file in blocks, each with its own timeout; bytes would have to be out within one.
                 data=io.BytesIO(body) if body is not None else None,
+                files=files,
                 headers={"Content-Type": "application/json"} if body is not None else {},
                 timeout=(CONNECT_TIMEOUT_S, read_timeout_s),
                 allow_redirects=False,
             )
         except requests.RequestException as error:
-            raise Unreachable(f"{method} {self._base}{path}: {network_reason(error)}") from error
-        return _read_answer(response, f"{method} {self._base}{path}")
+            raise Unreachable(f"{request}: {network_reason(error)}") from error
+        finally:
+            self._note_sleep(began, CONNECT_TIMEOUT_S + read_timeout_s)
+        return read_answer(response, request)
 
 
-def _read_answer(response: requests.Response, request: str) -> dict[str, Any]:
+def read_answer(response: requests.Response, request: str) -> dict[str, Any]:
     code = response.status_code
+    text = response.content[:100_000].decode(errors="replace") if code >= 300 else ""
     if code in (401, 403):
-        raise PlatformError(f"the endpoint refused the key in RUNPOD_API_KEY (HTTP {code})")
+        raise Refused(f"{request}: HTTP {code}, the API key was refused")
     if code == 404:
-        raise NotFound(f"{request}: HTTP 404")
+        raise NotFound(f"{request}: HTTP 404", text)
     if code == 429 or code >= 500:
         pause_s = _retry_after_s(response.headers.get("Retry-After", ""))
         raise Unreachable(f"{request}: HTTP {code}", busy=code == 429, retry_after_s=pause_s)
-    if code >= 400:
-        raise PlatformError(f"{request}: HTTP {code}, {one_line(response.text, 300) or 'no reason given'}")
+    if code >= 300:
+        raise Refused(f"{request}: HTTP {code}, {one_line(text, 300) or 'no reason given'}", text)
+    if not response.content:
+        return {}
     try:
         answer = json.loads(response.content)
     except (ValueError, RecursionError) as error:
@@ -498,8 +1115,8 @@ def _read_answer(response: requests.Response, request: str) -> dict[str, Any]:
 
 
 def _retry_after_s(header: str) -> float:
-    """Retry-After in seconds; 0 for its rarer form, a date, which would need both clocks to agree."""
-    return float(header) if re.fullmatch(r"[0-9]{1,5}", header.strip()) else 0.0
+    """Retry-After in seconds, at most a minute; 0 for its rarer form, a date, which needs both clocks to agree."""
+    return min(float(header), MAX_RETRY_AFTER_S) if re.fullmatch(r"[0-9]{1,9}", header.strip()) else 0.0
 
 
 def network_reason(error: BaseException) -> str:
@@ -512,30 +1129,321 @@ def network_reason(error: BaseException) -> str:
     return one_line(strerror or error, 200) or type(error).__name__
 
 
-def run_job(endpoint: Endpoint, body: bytes, timeout_s: float) -> dict[str, Any]:
-    """One job from start to final state; on Ctrl-C or at the deadline it is cancelled, because RunPod bills by time."""
-    deadline = endpoint.clock() + timeout_s
-    try:
-        job_id = endpoint.submit(body, deadline)
-    except KeyboardInterrupt:
-        say("if RunPod took the job before this, it runs to its end: its id did not arrive here")
-        raise
-    say(f"job {job_id}")
-    try:
-        with ProgressDisplay(sys.stderr) as display:
-            return endpoint.follow(job_id, deadline, display.update)
-    except (KeyboardInterrupt, JobTimedOut):
-        _cancel_aloud(endpoint, job_id)
-        raise
+class Endpoint(Server):
+    """A RunPod Serverless endpoint, as docs.runpod.io describes its /run, /runsync, /status and /cancel."""
+
+    def __init__(
+        self,
+        url: str,
+        endpoint_id: str,
+        key: str,
+        *,
+        sync: bool = False,
+        warn: Callable[[str], object] = print,
+        **clock: Any,
+    ) -> None:
+        super().__init__(f"{url.rstrip('/')}/{quote(endpoint_id, safe='')}", key, **clock)
+        self._sync = sync
+        self._warn = warn
+
+    def submit(self, job: Job, deadline: float) -> str:
+        """Sent again only after HTTP 429: otherwise a second job could be billed."""
+        body, delay_s = request_body(job), FIRST_POLL_S
+        if warning := size_warning(job, len(body), self._sync):
+            self._warn(warning)
+        while True:
+            self.is_handing_over = True
+            try:
+                answer = self.call("POST", f"/runsync?wait={RUNSYNC_WAIT_MS}" if self._sync else "/run", body=body)
+                break
+            except NotFound as error:
+                raise PlatformError(f"there is no endpoint at {self._base}") from error
+            except Unreachable as error:
+                if not error.busy:
+                    raise PlatformError(f"{HANDOVER_FAILED}: {error}") from error
+                self.is_handing_over = False
+                self._wait(max(delay_s, error.retry_after_s), deadline)
+                delay_s = min(delay_s * POLL_GROWTH, LAST_POLL_S)
+        return job_id_of(answer, "id")
+
+    def _cancel(self, job_id: str) -> str:
+        try:
+            answer = self.call("POST", f"/cancel/{job_id}", read_timeout_s=CANCEL_TIMEOUT_S)
+        except NotFound as error:
+            raise PlatformError(f"RunPod does not know job {job_id}") from error
+        return str(answer.get("status", "CANCELLED"))
+
+    def status(self, job_id: str) -> Status:
+        try:
+            status = self.call("GET", f"/status/{job_id}")
+        except NotFound as error:
+            raise PlatformError(f"RunPod no longer knows job {job_id}: its time to live is over") from error
+        if not isinstance(status.get("status"), str):
+            raise Unreachable("an answer without a status")
+        return status
 
 
-def _cancel_aloud(endpoint: Endpoint, job_id: str) -> None:
+JOB_ID = re.compile(r"[\w.-]{1,200}")
+
+
+def job_id_of(answer: Mapping[str, Any], key: str) -> str:
+    job_id = answer.get(key)
+    if not isinstance(job_id, str) or not JOB_ID.fullmatch(job_id):
+        raise PlatformError("the server took the job and named no id for it that could be asked for")
+    return job_id
+
+
+class ComfyUI(Server):
+    """ComfyUI itself, as behind an SSH tunnel: the same jobs, without a worker in between.
+
+    Routes and shapes are those of server.py, 0.3.64 to 0.18.1.
+    """
+
+    NONCE_INPUT = "__job_nonce"
+    last_poll_s = 1.0  # nobody counts the requests here
+
+    def __init__(self, url: str, **clock: Any) -> None:
+        super().__init__(url, **clock)
+        self._has_jobs = True  # /api/jobs came with 0.18
+        self._is_ours = False  # else the job is one that was queued before, or by somebody else
+        self._renamed: dict[str, str] = {}
+        self._warnings: list[str] = []
+
+    def submit(self, job: Job, deadline: float) -> str:
+        names = {name: self._upload(name, data) for name, data in job.sent().items()}
+        moved = [
+            Change(slot.place, names[name])
+            for slot in all_slots(job.workflow)
+            if (name := value_at(job.workflow, slot.place)) in names
+        ]
+        self._is_ours = True
+        workflow = apply_changes(job.workflow, moved)
+        return self._queue(self._with_nonce(workflow, unlinked(workflow)))
+
+    def _upload(self, name: str, data: bytes | str) -> str:
+        """Stores a file in ComfyUI's input folder; returns the name that it has there. Nothing is overwritten."""
+        if isinstance(data, str):
+            raise InputError(f"ComfyUI itself takes no URLs; save {name} and give the file")
+        try:
+            answer = self.call("POST", "/upload/image", files={"image": (name, data)})
+        except Unreachable as error:
+            raise PlatformError(f"{name} could not be sent: {error}") from error
+        stored = answer.get("name")
+        return "/".join(filter(None, [answer.get("subfolder"), stored])) if isinstance(stored, str) else name
+
+    def _queue(self, workflow: Workflow) -> str:
+        try:
+            # Without a client_id a prompt that comes from the cache has no outputs in its history (0.18.1).
+            body = json.dumps({"prompt": workflow, "client_id": f"{random.getrandbits(128):032x}"}, allow_nan=False)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"the workflow cannot be sent as JSON: {one_line(error, 120)}") from error
+        self.is_handing_over = True
+        try:
+            answer = self.call("POST", "/prompt", body=body.encode())
+        except Refused as error:
+            raise JobFailed(f"[PROMPT_REJECTED] {refusal(error.text)}") from error
+        except Unreachable as error:
+            raise PlatformError(f"{HANDOVER_FAILED}: {error}") from error
+        self._warnings = node_sentences(answer.get("node_errors"))
+        return job_id_of(answer, "prompt_id")
+
+    def follow(self, job_id: str, deadline: float, on_status: Callable[[Status], None]) -> Status:
+        """Queued again where a node does not take the nonce, or others named files that an earlier job made."""
+        current, more, refused = job_id, set[str](), set[str]()  # `more`: nodes with the nonce that others link from
+        while True:
+            status = super().follow(current, deadline, on_status)
+            stale = set(status.get("stale", ())) if self._is_ours else set()
+            refusing = {str(status.get("node_id"))} if self.NONCE_INPUT in str(status.get("error")) else set()
+            try:
+                workflow = self._workflow_of(current) if stale or refusing else {}
+            except ClientError:  # its history was cleared meanwhile
+                return {**status, "id": current}
+            # One that refuses it runs again where a node runs that it links from.
+            sources = {source for node_id in stale & refused for source in links_of(workflow, node_id).values()}
+            if refusing <= refused and stale | sources <= more | refused:
+                return {**status, "id": current}
+            more |= stale | sources
+            refused |= refusing
+            fresh = (unlinked(workflow) | more) - refused
+            current = self._renamed[job_id] = self._queue(self._with_nonce(workflow, fresh))
+
+    def _workflow_of(self, job_id: str) -> Workflow:
+        """What was queued, without the nonce."""
+        record = self.call("GET", f"/history/{job_id}").get(job_id)
+        workflow = parse_workflow(record["prompt"][2] if isinstance(record, dict) else None)
+        return {
+            node_id: {
+                **node,
+                "inputs": {name: part for name, part in node["inputs"].items() if name != self.NONCE_INPUT},
+            }
+            for node_id, node in workflow.items()
+        }
+
+    def _with_nonce(self, workflow: Workflow, node_ids: Collection[str]) -> Workflow:
+        """A copy in which these nodes have one input that no other job has.
+
+        Else ComfyUI answers a workflow that it has run before with the names of files that may be gone, or another's
+        by now. A node that is no output node never runs, so the input does not matter there.
+        """
+        nonce = f"{random.getrandbits(32):08x}"  # the same on all: equal nodes stay one execution
+        fresh = [node_id for node_id in node_ids if node_id in workflow]
+        return apply_changes(workflow, [Change(Place(node_id, self.NONCE_INPUT), nonce) for node_id in fresh])
+
+    def _cancel(self, job_id: str) -> str:
+        """From the queue first, then interrupted until it has let go: ComfyUI can lose an interrupt, and takes one for
+        a prompt that it does not run yet without effect."""
+        job_id = self._renamed.get(job_id, job_id)
+        if (state := str(self.status(job_id)["status"])) in FINAL_STATES:
+            return state
+        self._post("/queue", {"delete": [job_id]})
+        for _ in range(round(CANCEL_TIMEOUT_S / FIRST_POLL_S)):
+            try:
+                state = str(self.status(job_id)["status"])
+            except NotFound:
+                return "CANCELLED"
+            if state in FINAL_STATES:
+                return state
+            self._post("/interrupt", {"prompt_id": job_id})
+            time.sleep(FIRST_POLL_S)
+        raise PlatformError("ComfyUI does not let go of it")
+
+    def _post(self, path: str, order: Mapping[str, Any]) -> None:
+        self.call("POST", path, body=json.dumps(order).encode(), read_timeout_s=CANCEL_TIMEOUT_S)
+
+    def status(self, job_id: str) -> Status:
+        if self._has_jobs:
+            try:
+                return self._described(self.call("GET", f"/api/jobs/{job_id}"), job_id)
+            except NotFound as error:
+                self._has_jobs = "Job not found" in error.text  # else: the route is not there
+            except Unreachable:
+                pass  # it fails for outputs that its summary does not understand, which the history has all the same
+        # In this order: a prompt enters the history in the step in which it leaves the queue.
+        queue = self.call("GET", "/queue")
+        for key, state in (("queue_running", "IN_PROGRESS"), ("queue_pending", "IN_QUEUE")):
+            if any(isinstance(item, list) and job_id in item[1:2] for item in queue.get(key) or []):
+                return {"status": state}
+        record = self.call("GET", f"/history/{job_id}").get(job_id)
+        if not isinstance(record, dict):
+            raise NotFound(f"ComfyUI does not know job {job_id} (any more): was it restarted, or its queue cleared?")
+        return self._final(record.get("status"), record.get("outputs"), job_id)
+
+    def _described(self, job: Mapping[str, Any], job_id: str) -> Status:
+        state = {"pending": "IN_QUEUE", "in_progress": "IN_PROGRESS"}.get(str(job.get("status")))
+        return {"status": state} if state else self._final(job.get("execution_status"), job.get("outputs"), job_id)
+
+    def _final(self, status: object, outputs: object, job_id: str) -> Status:
+        """A finished prompt as RunPod and the worker would tell it."""
+        entries = status.get("messages") if isinstance(status, dict) else None
+        events = {entry[0]: entry[1] for entry in entries or [] if isinstance(entry, list) and len(entry) == 2}
+        stamps = [event.get("timestamp") for event in events.values() if isinstance(event, dict)]
+        times = [stamp for stamp in stamps if is_number(stamp)]
+        told: Status = {"executionTime": max(times) - min(times)} if times else {}
+        debug = {"prompt_id": job_id, "comfyui": self._base}
+        if isinstance(error := events.get("execution_error"), dict):
+            where = f"node {error.get('node_id')} ({error.get('node_type')})"
+            reason = f"[EXECUTION_FAILED] {where}: {error.get('exception_type')}: {error.get('exception_message')}"
+            told |= {"status": "FAILED", "error": one_line(reason), "node_id": error.get("node_id")}
+            return {**told, "output": {"debug": debug}}
+        if "execution_interrupted" in events:
+            return {**told, "status": "CANCELLED", "output": {"debug": debug}}
+        result = comfyui_result(self._base, outputs if isinstance(outputs, dict) else {})
+        if not any(result.values()):
+            reason = (
+                "[NO_OUTPUT] the workflow ran and gave nothing; does it end in a SaveImage node or another output node?"
+            )
+            return {**told, "status": "FAILED", "error": reason, "output": {"debug": debug}}
+        cached = events.get("execution_cached")
+        cached_nodes = cached.get("nodes") if isinstance(cached, dict) else None
+        made_by = {item["node_id"] for kind in FILE_LISTS for item in result[kind]}
+        told |= {"status": "COMPLETED", "stale": sorted(made_by & set(cached_nodes or ()))}
+        return {**told, "output": {**result, "warnings": self._warnings, "debug": debug}}
+
+
+def unlinked(workflow: Workflow) -> set[str]:
+    """The nodes that nothing links from."""
+    return workflow.keys() - {source for node_id in workflow for source in links_of(workflow, node_id).values()}
+
+
+def refusal(text: str) -> str:
+    """What POST /prompt answered to a workflow that it does not take, in sentences."""
     try:
-        endpoint.cancel(job_id)
-    except PlatformError as error:
-        say(f"job {job_id} could not be cancelled and may still run: {error}")
-    else:
-        say(f"job {job_id} is cancelled on RunPod")
+        answer = json.loads(text)
+    except (ValueError, RecursionError):
+        answer = None
+    error = answer.get("error") if isinstance(answer, dict) else None
+    if not isinstance(error, dict):
+        return f"ComfyUI refused the workflow: {one_line(text, 300) or 'no reason given'}"
+    whole = ": ".join(one_line(part, 300) for part in (error.get("message"), error.get("details")) if part)
+    return f"ComfyUI refused the workflow: {' '.join(node_sentences(answer.get('node_errors'))) or whole}"
+
+
+def node_sentences(node_errors: object, limit: int = 20) -> list[str]:
+    """A sentence for each fault of each node, of a refusal or of a workflow of which only a part is taken."""
+    nodes = node_errors.items() if isinstance(node_errors, dict) else ()
+    faults = [
+        (node_id, node, error)
+        for node_id, node in nodes
+        if isinstance(node, dict)
+        for error in node.get("errors") or []
+        if isinstance(error, dict)
+    ]
+    return [
+        one_line(f"Node {node_id} ({node.get('class_type')}): {error.get('message')}: {error.get('details')}.", 300)
+        for node_id, node, error in faults[:limit]
+    ]
+
+
+FILE_KEYS = {"filename": "", "subfolder": "", "type": "output"}
+
+
+def leaves(value: object) -> list[str | int | float]:
+    """The strings and numbers of a value, out of lists in lists too."""
+    pending, found = [value], []
+    while pending:
+        value = pending.pop()
+        if isinstance(value, list):
+            pending += reversed(value)
+        elif isinstance(value, str | int | float):
+            found.append(value)
+    return found
+
+
+def comfyui_result(base: str, outputs: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What the history names, as the worker's result: files as links to /view, texts. Previews only if nothing is
+    saved. Every key of a node's output can hold files (images, gifs, audio, 3d ...)."""
+    import mimetypes
+
+    entries = [
+        (node_id, entry)
+        for node_id, output in outputs.items()
+        if isinstance(output, dict)
+        for listed in output.values()
+        if isinstance(listed, list)
+        for entry in listed
+    ]
+    named = {
+        urlencode({name: entry.get(name) or usual for name, usual in FILE_KEYS.items()}): (node_id, entry)
+        for node_id, entry in reversed(entries)
+        if isinstance(entry, dict) and isinstance(entry.get("filename"), str) and entry["filename"]
+    }
+    saved = {query: found for query, found in named.items() if (found[1].get("type") or "output") == "output"}
+    chosen = saved or {query: found for query, found in named.items() if found[1].get("type") == "temp"}
+    result: dict[str, list[Any]] = {kind: [] for kind in (*FILE_LISTS, "texts")}
+    for query, (node_id, entry) in reversed(chosen.items()):
+        kind = str(mimetypes.guess_type(entry["filename"])[0]).partition("/")[0]
+        item = {"filename": entry["filename"], "type": "url", "data": f"{base}/view?{query}", "node_id": node_id}
+        result[{"image": "images", "video": "videos", "audio": "audio"}.get(kind, "files")].append(item)
+    result["texts"] = [
+        {"node_id": node_id, "text": text if isinstance(text, str) else json.dumps(text)}
+        for node_id, output in outputs.items()
+        for key in ("text", "tags", "string")
+        for text in leaves(output.get(key) if isinstance(output, dict) else None)
+    ]
+    return result
+
+
+# --- what a final state means, and what is shown before it -----------------------------------------------------------
 
 
 def outcome(status: Mapping[str, Any]) -> dict[str, Any]:
@@ -572,34 +1480,39 @@ def describe_progress(status: Mapping[str, Any]) -> tuple[str, float | None]:
     state, update = one_line(status.get("status"), 40), status.get("output")
     if state == "IN_QUEUE":
         return "waiting in the queue", None
+    queued = status.get("delayTime")
+    queue = f"queue {queued / 1000:.1f} s, " if is_number(queued) else ""
     if not isinstance(update, dict):
-        return one_line(update, 80) if isinstance(update, str) else state.lower().replace("_", " "), None
-    words = [one_line(update[key], 40) for key in ("stage", "node_class") if isinstance(update.get(key), str)]
+        words = one_line(update, 80) if isinstance(update, str) else state.lower().replace("_", " ")
+        return queue + words, None
+    parts = [one_line(update[key], 40) for key in ("stage", "node_class") if isinstance(update.get(key), str)]
     if isinstance(update.get("node"), str):
-        words.append(f"(node {one_line(update['node'], 40)})")
-    if _is_number(update.get("value")) and _is_number(update.get("max")):
-        words.append(f"{update['value']}/{update['max']}")
+        parts.append(f"(node {one_line(update['node'], 40)})")
+    if is_number(update.get("value")) and is_number(update.get("max")):
+        parts.append(f"{update['value']}/{update['max']}")
     percent = update.get("percent")
-    shown = float(percent) if _is_number(percent) and 0 <= percent <= 100 else None
-    return " ".join(words) or "running", shown
+    known = float(percent) if is_number(percent) and 0 <= percent <= 100 else None
+    return queue + (" ".join(parts) or "running"), known
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_number(value: object) -> TypeGuard[float]:
+    """Of a size that has a meaning here: the SDK sends NaN on, and JSON knows no limits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
 
 
 class ProgressDisplay:
-    """Shows progress on a stream: a bar on a terminal, elsewhere one line for each change."""
+    """Shows progress on a stream: a bar on a terminal, elsewhere one line for each change; None: nowhere."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self._last = ""
         self._bar: Any = None
-        if stream.isatty():
-            from tqdm import tqdm
+        if stream is not None and stream.isatty():
+            with suppress(ImportError):  # lines will do
+                from tqdm import tqdm
 
-            shape = "{desc} |{bar}| {percentage:3.0f}% {elapsed}"
-            self._bar = tqdm(total=100, file=stream, bar_format=shape, leave=False, dynamic_ncols=True)
+                shape = "{desc} |{bar}| {percentage:3.0f}% {elapsed}"
+                self._bar = tqdm(total=100, file=stream, bar_format=shape, leave=False, dynamic_ncols=True)
 
     def __enter__(self) -> ProgressDisplay:
         return self
@@ -614,8 +1527,8 @@ class ProgressDisplay:
             self._bar.set_description_str(text, refresh=False)
             self._bar.n = percent if percent is not None else self._bar.n
             self._bar.refresh()
-        elif text != self._last:
-            print(text, file=self._stream, flush=True)
+        elif text != self._last and self._stream is not None:
+            write_line(self._stream, text)
         self._last = text
 
 
@@ -646,15 +1559,10 @@ def numbered(name: str) -> Iterator[str]:
     return itertools.chain([name], (f"{stem}_{number}{suffix}" for number in itertools.count(1)))
 
 
-def unique_names(names: Iterable[str]) -> list[str]:
-    """The names, numbered where two are the same; upper and lower case count as the same."""
-    taken: set[str] = set()
-    unique = []
-    for name in names:
-        free = next(candidate for candidate in numbered(name) if candidate.casefold() not in taken)
-        taken.add(free.casefold())
-        unique.append(free)
-    return unique
+def free_name(name: str, taken: Iterable[str]) -> str:
+    """The name, numbered where it is taken; upper and lower case count as the same."""
+    used = {other.casefold() for other in taken}
+    return next(candidate for candidate in numbered(name) if candidate.casefold() not in used)
 
 
 def save_new(directory: Path, name: str, chunks: Iterable[bytes]) -> Path:
@@ -670,6 +1578,14 @@ def save_new(directory: Path, name: str, chunks: Iterable[bytes]) -> Path:
         return partial.replace(_reserve(directory, name))
     finally:
         partial.unlink(missing_ok=True)
+
+
+def stored(directory: Path, name: str, chunks: Iterable[bytes]) -> Path:
+    """`save_new`, with JobFailed where the file cannot be written."""
+    try:
+        return save_new(directory, name, chunks)
+    except OSError as error:
+        raise JobFailed(f"{name} cannot be written into {directory}: {error.strerror or one_line(error)}") from error
 
 
 def _reserve(directory: Path, name: str) -> Path:
@@ -711,7 +1627,9 @@ def _download(url: str) -> Iterator[bytes]:
 
     deadline = time.monotonic() + DOWNLOAD_LIMIT_S
     try:
-        with requests.get(url, stream=True, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S)) as response:
+        timeout_s = (CONNECT_TIMEOUT_S, READ_TIMEOUT_S)
+        # With `auth`, because an entry in ~/.netrc would spoil a presigned URL.
+        with requests.get(url, stream=True, timeout=timeout_s, auth=lambda request: request) as response:
             if response.status_code != 200:
                 hint = "; the link is not valid, or not any more" if response.status_code == 403 else ""
                 raise PlatformError(f"its download gave HTTP {response.status_code}{hint}")
@@ -729,12 +1647,12 @@ def _checked(chunks: Iterable[bytes], size_bytes: object) -> Iterator[bytes]:
     for chunk in chunks:
         total += len(chunk)
         yield chunk
-    if total == 0 or (_is_number(size_bytes) and total != size_bytes):
-        raise JobFailed(f"it has {total} bytes{f' instead of {size_bytes}' if _is_number(size_bytes) else ''}")
+    if total == 0 or (is_number(size_bytes) and total != size_bytes):
+        raise JobFailed(f"it has {total} bytes{f' instead of {size_bytes}' if is_number(size_bytes) else ''}")
 
 
-def save_result(output: Mapping[str, Any], directory: Path) -> list[ClientError]:
-    """Saves every item of a result and prints each path; returns what went wrong. A broken item stops no other."""
+def save_result(output: Mapping[str, Any], directory: Path, on_saved: Callable[[Path], object]) -> list[ClientError]:
+    """Saves every item of a result and tells each path; returns what went wrong. A broken item stops no other."""
     failures: list[ClientError] = []
     count = 0
     for kind in FILE_LISTS:
@@ -745,7 +1663,7 @@ def save_result(output: Mapping[str, Any], directory: Path) -> list[ClientError]
         for item in items:
             count += 1
             try:
-                print(_save_item(item, kind.removesuffix("s"), directory), flush=True)
+                on_saved(_save_item(item, kind.removesuffix("s"), directory))
             except ClientError as error:
                 failures.append(error)
     if count == 0 and not failures and not output.get("texts"):
@@ -758,76 +1676,586 @@ def _save_item(item: object, kind: str, directory: Path) -> Path:
         raise JobFailed(f"an item of the result is no object but {type(item).__name__}")
     name = safe_basename(item.get("filename"), fallback=kind)
     try:
-        return save_new(directory, name, _checked(item_chunks(item), item.get("size_bytes")))
-    except OSError as error:
-        raise JobFailed(f"{name} cannot be written into {directory}: {error.strerror or one_line(error)}") from error
+        return stored(directory, name, _checked(item_chunks(item), item.get("size_bytes")))
     except ClientError as error:
         raise type(error)(f"{name} is not saved: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs: one from the options to the saved files; many of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+Options = argparse.Namespace
+Connect = Callable[..., Server]
+
+
+class Interrupted(ClientError):
+    exit_code = ExitCode.INTERRUPTED
+
+
+@dataclass
+class Report:
+    """How one job ended; what --json prints and --save-run stores."""
+
+    job_id: str | None = None
+    state: str = ""
+    exit_code: ExitCode = ExitCode.SAVED
+    saved: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    changes: dict[str, Any] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
+    timings_ms: dict[str, int] = field(default_factory=dict)
+    debug: dict[str, Any] = field(default_factory=dict)
+    workflow: Workflow | None = None
+
+    def fail(self, error: ClientError) -> None:
+        self.errors.append(str(error))
+        self.exit_code = self.exit_code or error.exit_code
+
+    def as_json(self) -> dict[str, Any]:
+        told = {key: value for key, value in asdict(self).items() if value not in ({}, None)}
+        return {"ok": not self.exit_code, **told}
+
+
+def prepare(options: Options, console: Console) -> Job:
+    """The job that the options ask for. Reads its files; says what it changes in them and in the workflow."""
+    if options.workflow is None:
+        raise InputError("--workflow FILE is missing; --help has examples")
+    if options.quality is not None and options.format not in ("webp", "jpeg"):
+        raise InputError("--quality goes with --format webp or --format jpeg")
+    document = read_document(options.workflow)
+    workflow = parse_workflow(document)
+    recorded = document.get("sources") if isinstance(document, dict) else None
+    job = Job(workflow, timeout_s=options.timeout, recorded=recorded if isinstance(recorded, dict) else {})
+    changes = plan_changes(workflow, options, read_given(workflow, options, job, console))
+    for slot in unfilled(workflow, changes, job.sent()):
+        read_recorded(str(value_at(workflow, slot.place)), job, console)
+    missing = unfilled(workflow, changes, job.sent())
+    if missing and not options.keep_images:
+        raise InputError(unfilled_message(workflow, missing))
+    for (node_id, name), value in changes:
+        console.say(f"{label(workflow, node_id)}.{one_line(name, 60)} = {shown(value)}")
+    if not options.keep_seeds and (left := seeds_left(workflow, changes)):
+        console.warn(
+            f"a seed that does not change, because its number is not a seed's alone: {places_shown(workflow, left)}"
+        )
+    job.workflow = apply_changes(workflow, changes)
+    job.changes = {str(change.place): change.value for change in changes}
+    job.seeds = {str(place): value_at(job.workflow, place) for place in seed_places(workflow)}
+    wishes = {"output_format": options.format, "output_quality": options.quality, "debug": options.debug or None}
+    job.wishes = {key: value for key, value in wishes.items() if value is not None}
+    return job
+
+
+def plan_changes(workflow: Workflow, options: Options, given: Sequence[GivenFile] = ()) -> list[Change]:
+    """Everything that the options change in the workflow. Raises InputError where two of them change the same."""
+    changes = [plan_set(workflow, assignment) for assignment in options.set]
+    changes += plan_files(workflow, given, [change.place for change in changes])
+    for role, option, texts in (("positive", "--prompt", options.prompt), ("negative", "--negative", options.negative)):
+        named = [split_named(workflow, text) for text in texts]
+        if sum(node_id is None for node_id, _ in named) > 1:
+            raise InputError(f"{option} is given more than once; name the nodes, as in {option} NODE=TEXT")
+        changes += [change for node_id, text in named for change in plan_text(workflow, text, role, node_id)]
+    taken = [change.place for change in changes]
+    if twice := [place for place in dict.fromkeys(taken) if taken.count(place) > 1]:
+        raise InputError(f"{twice[0]} would be set twice; leave one of the options out")
+    if options.keep_seeds:
+        return changes
+    fixed, dice = options.seed, random.SystemRandom()
+    seeds = plan_seeds(workflow, lambda: dice.randrange(SEED_LIMIT) if fixed is None else int(fixed))
+    if fixed is not None and not seeds:
+        raise InputError("--seed: the workflow has no seed of its own")
+    return changes + [change for change in seeds if change.place not in taken]
+
+
+def read_given(workflow: Workflow, options: Options, job: Job, console: Console) -> list[GivenFile]:
+    """Puts the files of --img and --file into the job, each under a name of its own."""
+    import mimetypes
+
+    given = []
+    for text, is_image in [(text, True) for text in options.img] + [(text, False) for text in options.file]:
+        try:
+            node_id, reference = split_named(workflow, text)
+        except InputError:
+            if not Path(text).is_file():
+                raise
+            node_id, reference = None, text
+        name = add_file(reference, is_image, options.max_side, job, console)
+        kind = "image" if is_image else str(mimetypes.guess_type(name)[0]).partition("/")[0]
+        given.append(GivenFile(name, kind if is_image or kind in ("video", "audio") else "file", node_id))
+    return given
+
+
+def add_file(
+    reference: str, is_image: bool, max_side: int | None, job: Job, console: Console, name: str | None = None
+) -> str:
+    """Reads one file, or takes a URL as it is, into the job; returns the name that it is sent by: its own unless one is
+    given, numbered where that is another's."""
+    files, fallback = (job.images, "image") if is_image else (job.files, "file")
+    source: dict[str, Any] = {"path": reference, "is_image": is_image, "max_side": max_side, "sha256": None}
+    content: bytes | str = reference
+    if reference.lower().startswith("https://"):
+        own_name = url_path(reference)
+    elif reference.lower().startswith("http://"):
+        raise InputError(f"{one_line(reference, 100)}: only https addresses are taken")
+    else:
+        path = Path(reference).expanduser()  # no shell does that behind NODE=
+        picture = read_picture(path, max_side) if is_image else Picture(read_file(path))
+        if picture.remark:
+            console.say(f"{path}: {picture.remark}")
+        content, own_name = picture.content, path.stem + (picture.suffix or path.suffix)
+        source |= {"path": str(path.absolute()), "sha256": sha256(picture.content)}
+    name = name or free_name(safe_basename(own_name, fallback), [*job.sent(), *job.recorded])
+    files[name], job.sources[name] = content, source
+    return name
+
+
+def read_recorded(name: str, job: Job, console: Console) -> None:
+    """Adds the file that a run.json has by this name, where the workflow comes from one. Raises InputError where it is
+    not what was sent then."""
+    source = job.recorded.get(name)
+    if not isinstance(source, dict) or not isinstance(source.get("path"), str):
+        return
+    side = source.get("max_side")
+    side = side if is_whole_number(side) and side > 0 else None
+    add_file(source["path"], bool(source.get("is_image")), side, job, console, name)
+    if job.sources[name]["sha256"] != source.get("sha256"):
+        raise InputError(f"{source['path']} is not what it was in that run; name a file with --img")
+
+
+def url_path(url: str) -> str:
+    try:
+        return urlsplit(url).path
+    except ValueError as error:
+        raise InputError(f"{one_line(url, 100)} is no URL: {error}") from error
+
+
+def sha256(content: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest()
+
+
+class Run:
+    """One job from its options to its files. `server` is None where nothing is sent; `display` is for progress."""
+
+    def __init__(self, options: Options, console: Console, display: TextIO | None = None) -> None:
+        self._options = options
+        self._console = console
+        self._display = display
+        self._began = time.monotonic()
+        self.report = Report()
+
+    def attempt(self, connected: Connect | None, **clock: Any) -> Report:
+        """The report also has what went wrong. None as `connected`: nothing is sent."""
+        try:
+            self._send(connected(**clock) if connected else None)
+        except ClientError as error:
+            self.report.fail(error)
+        except KeyboardInterrupt:
+            self.report.fail(Interrupted("interrupted"))
+        self._note_time()
+        return self.report
+
+    def _note_time(self) -> None:
+        self.report.timings_ms["all"] = round((time.monotonic() - self._began) * 1000)
+
+    def _send(self, server: Server | None) -> None:
+        job = Job({}) if self._options.resume else prepare(self._options, self._console)
+        self.report.changes, self.report.seeds = job.changes, job.seeds
+        if server is None:
+            if warning := size_warning(job, len(request_body(job)), self._options.sync):
+                self._console.warn(warning)
+            self.report.workflow = job.workflow
+            return
+        make_output_directory(self._options.out)
+        server.sleep(0)  # of many jobs, those that were still being prepared end here on Ctrl-C
+        deadline = server.now() + self._options.timeout
+        try:
+            job_id = self.report.job_id = self._options.resume or server.submit(job, deadline)
+        except KeyboardInterrupt:
+            if server.is_handing_over:
+                self._console.warn("if the job was taken before this, it runs to its end: its id did not arrive here")
+            raise
+        if self._options.detach:
+            self.report.state = "IN_QUEUE"
+            self._console.result(job_id)
+            return
+        status = self._followed(server, job_id, deadline)
+        self._note(status)
+        self._take(outcome(status))
+        if self._options.save_run:
+            self._note_time()
+            store = {**self.report.as_json(), "workflow": job.workflow, "sources": job.sources}
+            self._saved(stored(self._options.out, "run.json", [json.dumps(store, indent=1).encode()]))
+
+    def _followed(self, server: Server, job_id: str, deadline: float) -> Status:
+        """The final state. On Ctrl-C, or at the deadline, the job is cancelled, because RunPod bills by time."""
+        try:
+            self._console.say(f"job {job_id}")
+            with ProgressDisplay(self._display) as display:
+                return server.follow(job_id, deadline, display.update)
+        except (KeyboardInterrupt, JobTimedOut):
+            self._console.say(f"cancelling job {job_id}; Ctrl-C leaves it as it is")
+            try:
+                self.report.state = server.cancel(job_id)
+            except KeyboardInterrupt:
+                self._console.warn(f"job {job_id} may still run; --cancel {job_id} ends it")
+                raise
+            except ClientError as error:
+                self._console.warn(f"job {job_id} could not be cancelled and may still run: {error}")
+            else:
+                self._console.say(cancelled(job_id, self.report.state))
+            raise
+
+    def _note(self, status: Status) -> None:
+        """State, times, and with --debug what the worker says about itself and about a failure."""
+        output = status["output"] if isinstance(status.get("output"), dict) else {}
+        self.report.state = str(status["status"])
+        self.report.job_id = str(status.get("id") or self.report.job_id)  # ComfyUI may have got it a second time
+        for name, key in (("queue", "delayTime"), ("run", "executionTime")):
+            if is_number(status.get(key)):
+                self.report.timings_ms[name] = round(status[key])
+        self.report.debug = output["debug"] if isinstance(output.get("debug"), dict) else {}
+        if self._options.debug:
+            facts: dict[str, Any] = {name: status[name] for name in STATUS_FACTS if name in status}
+            for key in ("timings_ms", "debug", "details"):
+                if isinstance(output.get(key), dict):
+                    facts |= {f"{key}.{name}": part for name, part in output[key].items()}
+            for key, value in facts.items():
+                told = value if isinstance(value, str) else json.dumps(value)
+                self._console.say(f"{one_line(key, 60)}: {one_line(told, 2000)}")
+
+    def _take(self, output: Mapping[str, Any]) -> None:
+        """The result's warnings are told, its texts printed, its files saved."""
+        for key in ("warnings", "errors"):  # the official worker puts what it could not return under `errors`
+            for remark in list_in(output, key):
+                self.report.warnings.append(one_line(remark))
+                self._console.warn(one_line(remark))
+        for entry in list_in(output, "texts"):
+            text = entry.get("text") if isinstance(entry, dict) else entry
+            self.report.texts.append(text if isinstance(text, str) else json.dumps(entry))
+            self._console.result(self.report.texts[-1])
+
+        for failure in save_result(output, self._options.out, self._saved):
+            self.report.fail(failure)
+
+    def _saved(self, path: Path) -> None:
+        self.report.saved.append(str(path))
+        self._console.result(str(path))
+
+
+def cancelled(job_id: str, state: str) -> str:
+    return f"job {job_id} is cancelled" if state == "CANCELLED" else f"job {job_id} was already {state}"
+
+
+def list_in(output: Mapping[str, Any], key: str) -> list[Any]:
+    found = output.get(key)
+    return found if isinstance(found, list) else []
+
+
+def make_output_directory(directory: Path) -> None:
+    """Made before the job is sent, so that a result is not lost for want of a place."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a path that none can be
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise InputError(f"--out {one_line(directory)} cannot be made: {reason}") from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise InputError(f"--out {directory} cannot be written to")
+
+
+# --- many jobs: --repeat and --batch ---------------------------------------------------------------------------------
+
+WAIT_SLICE_S = 0.5  # on Windows, Ctrl-C does not end a wait for a thread
+LINE_OPTIONS = (
+    *("workflow", "img", "file", "keep_images", "max_side", "prompt", "negative", "set", "seed", "keep_seeds"),
+    *("out", "format", "quality", "save_run", "debug", "timeout"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One of many jobs: its options, or why there are none. `key` is the same in the next run of the same batch."""
+
+    name: str
+    options: Options | None
+    error: str = ""
+    key: str = ""
+
+
+def tasks_of(options: Options) -> list[Task]:
+    """The jobs of --batch (or the one of the command line), each --repeat times. Raises InputError."""
+    lines = {"": "{}"}
+    if options.batch is not None:
+        text = read_file(options.batch).decode("utf-8-sig", errors="replace")
+        lines = {f"line {number} ": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
+        if not lines:
+            raise InputError(f"--batch {options.batch} has no job")
+    copies: dict[str, int] = {}
+    tasks = []
+    for (name, line), number in itertools.product(lines.items(), range(options.repeat)):
+        name = (name + f"{number + 1}/{options.repeat}" * (options.repeat > 1)).strip()
+        try:
+            own = line_options(line, options)
+            own.seed = None if own.seed is None else own.seed + number
+            if own.seed is not None and own.seed > MAX_SEED:
+                raise InputError(f"--seed has counted up to {own.seed}, and no node takes more than {MAX_SEED}")
+            key = task_key(own)
+            copies[key] = copies.get(key, 0) + 1
+            tasks.append(Task(name, own, key=f"{key}-{copies[key]}"))
+        except InputError as error:
+            tasks.append(Task(name, None, str(error)))
+    return tasks
+
+
+def line_options(line: str, base: Options) -> Options:
+    """The options of one line of a batch: an object with the names of the command line's, which it goes before."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"it is not JSON: {one_line(error, 120)}") from error
+    if not isinstance(values, dict):
+        raise InputError('it is no object such as {"prompt": "a cat", "seed": 7}')
+    parser, own, arguments = build_parser(), argparse.Namespace(**vars(base)), []
+    for name, value in values.items():
+        key, option = name.replace("-", "_"), f"--{name.replace('_', '-')}"
+        if key not in LINE_OPTIONS:
+            raise InputError(f"a line of a batch has no option {one_line(name, 40)}{nearest(key, LINE_OPTIONS)}")
+        for reset in ("seed", "keep_seeds") if key in ("seed", "keep_seeds") else (key,):
+            setattr(own, reset, parser.get_default(reset))
+        if key == "set" and isinstance(value, dict):
+            value = [f"{place}={part if isinstance(part, str) else json.dumps(part)}" for place, part in value.items()]
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict | list):
+                raise InputError(f"{option} takes a text, or a list of them")
+            if part is not None and part is not False:  # 0 is a seed
+                arguments.append(option if part is True else f"{option}={part}")
+    return parser.parse_args(arguments, own)
+
+
+def task_key(options: Options) -> str:
+    """What tells a job of a batch from another: the contents of its files, and the options that change its result."""
+    named = [part for text in (*options.img, *options.file) for part in (text, text.partition("=")[2])]
+    paths = [*filter(None, [options.workflow]), *(Path(name) for name in named if "\0" not in name)]
+    contents = [sha256(read_file(path)) for path in paths if path.is_file()]
+    told = {name: str(getattr(options, name)) for name in LINE_OPTIONS if name not in ("timeout", "debug", "save_run")}
+    return sha256(json.dumps([told, contents]).encode())
+
+
+class Done:
+    """The jobs of a batch that were saved: a line of JSON each, beside what they made."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._saved: dict[str, list[str]] = {}
+        for line in read_file(path).decode(errors="replace").splitlines() if path.exists() else ():
+            with suppress(ValueError, TypeError, KeyError):  # a line that was cut off
+                entry = json.loads(line)
+                self._saved[entry["key"]] = [str(file) for file in entry["saved"]]
+
+    def get(self, key: str) -> list[str] | None:
+        """What the job has saved, if all of it is still there."""
+        saved = self._saved.get(key)
+        return saved if saved is not None and all(map(os.path.exists, saved)) else None
+
+    def add(self, key: str, saved: list[str]) -> None:
+        with self._lock, self._path.open("a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps({'key': key, 'saved': saved})}\n")  # the line before may have been cut off
+
+
+def run_many(options: Options, connected: Connect | None, console: Console) -> tuple[ExitCode, list[dict[str, Any]]]:
+    """Several jobs at once; a line for each that has ended, and a table. What a batch has done before is left out."""
+    from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+
+    tasks, began = tasks_of(options), time.monotonic()
+    done = Done(options.out / f"{options.batch.stem}.done.jsonl") if options.batch and connected else None
+    runs: dict[Task, Run] = {}
+    stop, not_sent = threading.Event(), Report(state="NOT SENT", exit_code=ExitCode.INTERRUPTED)
+
+    def sleep(pause_s: float) -> None:
+        if stop.wait(pause_s):
+            raise KeyboardInterrupt
+
+    def work(task: Task) -> Report:
+        if stop.is_set():
+            return not_sent
+        if done and (saved := done.get(task.key)) is not None:
+            return Report(state="DONE BEFORE", saved=saved)
+        if task.options is None:
+            return Report(errors=[task.error], exit_code=ExitCode.BAD_INPUT)
+        is_quiet = console.quiet or (connected is not None and not task.options.debug)
+        own = replace(console, quiet=is_quiet, prefix=f"[{task.name}] ")
+        run = runs[task] = Run(task.options, own)
+        report = run.attempt(connected, sleep=sleep)
+        if done and not report.exit_code:
+            try:
+                done.add(task.key, report.saved)
+            except OSError as error:
+                own.warn(f"it is saved, but will be done again: the list of jobs cannot be written: {error.strerror}")
+        return report
+
+    def report_of(future: Future[Report]) -> Report:
+        try:
+            error = future.exception(timeout=0)
+        except CancelledError:
+            return not_sent
+        except TimeoutError:  # after a second Ctrl-C
+            run = runs.get(tasks[futures[future]])
+            return replace(run.report, exit_code=ExitCode.INTERRUPTED) if run else not_sent
+        failed = Report(errors=[f"the client has a defect: {error!r}"], exit_code=ExitCode.PLATFORM)
+        return failed if error else future.result()
+
+    reports = dict.fromkeys(range(len(tasks)), not_sent)
+    pool = ThreadPoolExecutor(options.parallel)
+    futures: dict[Future[Report], int] = {pool.submit(work, task): number for number, task in enumerate(tasks)}
+    pending, ended = set(futures), 0
+    try:
+        while pending:
+            some, pending = wait(pending, WAIT_SLICE_S, FIRST_COMPLETED)
+            for future in some:
+                ended += 1
+                reports[futures[future]] = report = report_of(future)
+                line = f"[{ended}/{len(tasks)}] " + " ".join(row_of(tasks[futures[future]], report))
+                console.fail(line) if report.exit_code else console.say(line)
+    except KeyboardInterrupt:
+        console.say("interrupted: the jobs that run are being cancelled; Ctrl-C again leaves them")
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            while pending := {future for future in pending if not future.done()}:
+                wait(pending, WAIT_SLICE_S)
+        except KeyboardInterrupt:
+            console.warn("what is not cancelled yet may still run")
+        reports |= {number: report_of(future) for future, number in futures.items() if not future.cancelled()}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    print_table(tasks, list(reports.values()), time.monotonic() - began, console)
+    codes = [report.exit_code for report in reports.values() if report.exit_code]
+    code = ExitCode.INTERRUPTED if stop.is_set() else next(iter(codes), ExitCode.SAVED)
+    return code, [{"job": task.name, **reports[number].as_json()} for number, task in enumerate(tasks)]
+
+
+def row_of(task: Task, report: Report) -> tuple[str, str, str, str, str]:
+    state = {"COMPLETED": "saved", "": "ready"}.get(report.state, report.state.lower())
+    if report.exit_code not in (ExitCode.SAVED, ExitCode.INTERRUPTED):
+        state = "failed"
+    elif not report.state and report.job_id:
+        state = f"may still run: {report.job_id}"
+    elif not report.state and report.exit_code:
+        state = "not sent"
+    seeds = ",".join(map(str, dict.fromkeys(report.seeds.values()))) or "-"
+    what = "; ".join(report.errors) or " ".join(report.saved) or "-"
+    return task.name, state, f"{report.timings_ms.get('all', 0) / 1000:.1f} s", seeds, what
+
+
+def print_table(tasks: Sequence[Task], reports: Sequence[Report], seconds: float, console: Console) -> None:
+    rows = [("job", "state", "time", "seed", "files, or what went wrong")]
+    rows += [row_of(task, report) for task, report in zip(tasks, reports, strict=True)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        console.say("  ".join([*cells, one_line(row[4], 160)]))
+    states = [row[1] for row in rows[1:]]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    console.say(f"{counted(len(tasks), 'job')} in {seconds:.1f} s: {counts}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
+USAGE = "client.py --workflow FILE [--img FILE ...] [--prompt TEXT] [options]"
+DESCRIPTION = "Run a ComfyUI workflow on a RunPod Serverless endpoint and save what it makes."
+FORMATS = ("png", "webp", "jpeg")
 EPILOG = """\
 examples:
-  client.py --workflow one_image.json --img photo.jpg
-  client.py --workflow qwen_image_edit.json --img room.png chair.png --prompt "put the chair into the room"
-  client.py --workflow t2i.json --prompt "a lighthouse at dusk" --seed 7 --out lighthouse --timeout 600
+  client.py --workflow edit.json --img room.png chair.png --prompt "put the chair into the room"
+  client.py --workflow t2i.json --prompt "a lighthouse at dusk" --repeat 20 --out lighthouse
+  client.py --workflow t2i.json --set 3.steps=8 --url http://127.0.0.1:8188     (ComfyUI behind an SSH tunnel)
 
-The key comes from RUNPOD_API_KEY and is never an argument. Ctrl-C cancels the job on RunPod.
+Ctrl-C cancels the job on RunPod; a second one leaves at once.
 exit codes: 0 all saved; 1 the job failed or an item could not be saved; 2 usage or bad input;
             3 platform or network; 4 timed out; 130 interrupted
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="client.py",
-        description="Run a ComfyUI workflow on a RunPod Serverless endpoint and save what it makes.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="client.py --workflow FILE [--img FILE ...] [--prompt TEXT] [options]",
-        allow_abbrev=False,
-    )
-    job = parser.add_argument_group("the job")
-    job.add_argument("--workflow", metavar="FILE", type=Path, required=True, help="workflow in API format")
-    order = "images for the LoadImage nodes, lowest node id first; or https URLs, where the worker takes them"
-    job.add_argument("--img", metavar="FILE", type=_image, nargs="+", action="extend", default=[], help=order)
-    job.add_argument("--prompt", metavar="TEXT", help="positive text; the negative one is never touched by it")
-    job.add_argument("--negative", metavar="TEXT", help="negative text")
-    seeds = job.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", metavar="N", type=_seed, help="for every seed (default: random, and printed)")
-    seeds.add_argument("--keep-seeds", action="store_true", help="leave the workflow's seeds as they are")
-    formats = ("png", "webp", "jpeg")
-    job.add_argument(
-        "--format", choices=formats, help="of the pictures that come back (default: as the workflow has it)"
-    )
-    job.add_argument("--quality", metavar="N", type=_quality, help="of webp and jpeg, 1 to 100 (default: 90)")
-    job.add_argument("--debug", action="store_true", help="keep the worker's files; print timings and where to look")
-    where = parser.add_argument_group("where")
-    where.add_argument("--out", metavar="DIR", type=Path, default=Path("output"), help="default: output")
-    where.add_argument("--endpoint", metavar="ID", help="default: RUNPOD_ENDPOINT_ID")
-    where.add_argument("--url", default=DEFAULT_URL, help=f"default: {DEFAULT_URL}")
-    where.add_argument("--timeout", metavar="S", type=_timeout_s, default=1800.0, help="seconds (default: 1800)")
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{one_line(message, 300)}; --help lists the options")
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26)
+
+
+def build_parser() -> Parser:
+    parser = Parser("client.py", USAGE, DESCRIPTION, EPILOG, formatter_class=Formatter, allow_abbrev=False)
+    files: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
+    texts: dict[str, Any] = {"action": "append", "default": []}
+    flag: dict[str, Any] = {"action": "store_true"}
+
+    group = parser.add_argument_group("workflow")
+    add = group.add_argument
+    add("--workflow", metavar="FILE", type=Path, help="in API format, or a run.json of --save-run")
+    add("--img", metavar="FILE", **files, help="for LoadImage nodes, lowest id first; or NODE=FILE; https URLs too")
+    add("--file", metavar="FILE", **files, help="the same for nodes that load video, audio and the rest")
+    add("--keep-images", **flag, help="nodes that get no file keep the one that the workflow names")
+    add("--max-side", metavar="N", type=_whole("a side", 1, 100_000), help="shrink pictures to N pixels a side")
+    add("--prompt", metavar="TEXT", **texts, help="positive text; or NODE=TEXT")
+    add("--negative", metavar="TEXT", **texts, help="negative text; neither ever changes the other")
+    add("--set", metavar="NODE.INPUT=VALUE", **texts, help="any other input")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--seed", metavar="N", type=_whole("a seed", 0, MAX_SEED), help="for every seed (default: random, and printed)")
+    add("--keep-seeds", **flag, help="leave the workflow's seeds as they are")
+
+    add = parser.add_argument_group("result").add_argument
+    add("--out", metavar="DIR", type=Path, default=Path("output"), help="folder for the files (default: output)")
+    add("--format", choices=FORMATS, metavar="NAME", help="png, webp or jpeg for pictures (default: as saved)")
+    add("--quality", metavar="N", type=_whole("a quality", 1, 100), help="of webp and jpeg (default: 90)")
+    add("--save-run", **flag, help="add run.json: --workflow run.json --keep-seeds makes it again")
+    add("--json", **flag, help="one object on stdout and nothing else")
+    add("--quiet", **flag, help="only warnings and errors on stderr")
+    add("--debug", **flag, help="keep the worker's files; print timings and where to look")
+    add("--dry-run", **flag, help="say what would change, and send nothing")
+
+    add = parser.add_argument_group("server").add_argument
+    add("--endpoint", metavar="ID", help="default: RUNPOD_ENDPOINT_ID")
+    add("--url", default=DEFAULT_URL, help=f"default: {DEFAULT_URL}; or ComfyUI's own")
+    add("--api-key-file", metavar="FILE", type=Path, help="file with the API key (default: RUNPOD_API_KEY)")
+    add("--timeout", metavar="S", type=_timeout_s, default=1800.0, help="seconds for a job (default: 1800)")
+    add("--sync", **flag, help="send with /runsync, which takes 20 MB instead of 10")
+
+    group = parser.add_argument_group("jobs")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--detach", **flag, help="print the job's id and leave it running")
+    add("--resume", metavar="JOB_ID", type=_job_id, help="wait for that job and save its result")
+    add("--cancel", metavar="JOB_ID", type=_job_id, help="cancel that job")
+    number = _whole("a number of jobs", 1, 10_000)
+    add = group.add_argument
+    add("--repeat", metavar="N", type=number, default=1, help="so often, with new seeds; --seed counts up")
+    add("--batch", metavar="FILE", type=Path, help='a job a line: {"prompt": "a cat"}; a rerun skips what is done')
+    add("--parallel", metavar="N", type=number, default=8, help="jobs at once (default: 8)")
     return parser
 
 
-def _image(text: str) -> Path | str:
-    """A file; or a URL, which is sent as it is: the worker fetches it."""
-    return text if text.lower().startswith("https://") else Path(text)
+def _whole(what: str, first: int, last: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,20}", text) or not first <= int(text) <= last:
+            raise argparse.ArgumentTypeError(f"{what} is a whole number from {first} to {last}")
+        return int(text)
+
+    return parse
 
 
-def _seed(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,20}", text) or int(text) >= 2**64:
-        raise argparse.ArgumentTypeError("a seed is a whole number from 0 to 2**64 - 1")
-    return int(text)
-
-
-def _quality(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError("a quality is a whole number from 1 to 100")
-    return int(text)
+def _job_id(text: str) -> str:
+    if not JOB_ID.fullmatch(text):
+        raise argparse.ArgumentTypeError("a job's id has letters, digits, dots and dashes only")
+    return text
 
 
 def _timeout_s(text: str) -> float:
@@ -836,145 +2264,95 @@ def _timeout_s(text: str) -> float:
     return float(text)
 
 
-def read_image(path: Path) -> bytes:
-    """The bytes of an image file that Pillow can decode to the end. Raises InputError."""
-    from PIL import Image
-
-    try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-    except FileNotFoundError as error:
-        raise InputError(f"there is no image {path}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not an image that can be read: {network_reason(error)}") from error
-    return content
-
-
-def plan_changes(workflow: Workflow, options: argparse.Namespace, image_names: Sequence[str]) -> list[Change]:
-    """Everything that the command line changes in the workflow."""
-    changes = plan_images(workflow, image_names)
-    if options.prompt is not None:
-        changes += plan_text(workflow, options.prompt, "positive")
-    if options.negative is not None:
-        changes += plan_text(workflow, options.negative, "negative")
-    if not options.keep_seeds:
-        fixed = options.seed
-        seeds = plan_seeds(workflow, lambda: random.SystemRandom().randrange(2**32) if fixed is None else int(fixed))
-        if fixed is not None and not seeds:
-            raise InputError("--seed: the workflow has no seed of its own")
-        changes += seeds
-    return changes
-
-
-def build_body(options: argparse.Namespace) -> bytes:
-    """The body of /run. Reads the files, prints what it changes, and what is large."""
-    workflow = read_workflow(options.workflow)
-    paths = [urlsplit(image).path if isinstance(image, str) else image.name for image in options.img]
-    names = unique_names(safe_basename(path, fallback="image") for path in paths)
-    changes = plan_changes(workflow, options, names)
-    images = {
-        name: image if isinstance(image, str) else base64.b64encode(read_image(image)).decode()
-        for name, image in zip(names, options.img, strict=True)
-    }
-    for change in changes:
-        say(f"{label(workflow, change.node_id)}.{change.input_name} = {one_line(json.dumps(change.value), 100)}")
-    job: dict[str, Any] = {"workflow": apply_changes(workflow, changes)}
-    if images:
-        job["images"] = images
-    if options.quality is not None and options.format not in ("webp", "jpeg"):
-        raise InputError("--quality goes with --format webp or --format jpeg")
-    wishes = {"output_format": options.format, "output_quality": options.quality, "debug": options.debug or None}
-    job |= {key: value for key, value in wishes.items() if value is not None}
-    timeout_ms = max(MIN_EXECUTION_TIMEOUT_MS, round(options.timeout * 1000))
-    try:
-        body = json.dumps({"input": job, "policy": {"executionTimeout": timeout_ms}}, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{options.workflow} cannot be sent as JSON: {one_line(error, 120)}") from error
-    if len(body) > RUN_LIMIT_BYTES:
-        sizes = ", ".join(f"{name} {len(data) / 1e6:.1f} MB" for name, data in images.items())
-        say(f"warning: the request has {len(body) / 1e6:.1f} MB ({sizes or 'no images'}) and RunPod takes 10 MB")
-    return body
-
-
-def connect(options: argparse.Namespace, environ: Mapping[str, str]) -> Endpoint:
-    endpoint_id = options.endpoint or environ.get("RUNPOD_ENDPOINT_ID")
-    key = environ.get("RUNPOD_API_KEY", "").strip()
+def connect(options: Options, environ: Mapping[str, str], console: Console) -> Connect:
+    """What makes a connection for each job, with a `sleep` of its own. Raises InputError, PlatformError."""
     if not re.match(r"https?://[\w.\[-]", options.url):
         raise InputError("--url has the form https://host/path")
+    if options.endpoint is None and not url_path(options.url).strip("/") and is_comfyui(options.url):
+        for name in ("format", "quality", "sync"):
+            if getattr(options, name):
+                raise InputError(f"--{name} is for endpoints; this is ComfyUI itself")
+        return lambda **clock: ComfyUI(options.url, **clock)
+    endpoint_id = options.endpoint or environ.get("RUNPOD_ENDPOINT_ID")
     if not endpoint_id:
         raise InputError("name the endpoint with --endpoint or RUNPOD_ENDPOINT_ID")
+    key = environ.get("RUNPOD_API_KEY", "")
+    if options.api_key_file is not None:
+        key = read_file(options.api_key_file, "key file").decode("utf-8-sig", errors="replace")
+    key = key.strip()
     if not key or not key.isascii() or not key.isprintable():
-        raise InputError("put the endpoint's API key into the environment variable RUNPOD_API_KEY")
-    return Endpoint(options.url, endpoint_id, key)
+        raise InputError(
+            "put the endpoint's API key into the environment variable RUNPOD_API_KEY, or name --api-key-file"
+        )
+    return lambda **clock: Endpoint(options.url, endpoint_id, key, sync=options.sync, warn=console.warn, **clock)
 
 
-def make_output_directory(directory: Path) -> None:
-    """Made before the job is sent, so that a result is not lost for want of a place."""
+def is_comfyui(url: str) -> bool:
+    """Whether ComfyUI itself answers there. Raises PlatformError where nothing does."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {directory} cannot be made: {error.strerror}") from error
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise InputError(f"--out {directory} cannot be written to")
+        return {"system", "devices"} <= Server(url).call("GET", "/system_stats").keys()
+    except Refused:
+        return False
+    except Unreachable as error:
+        raise PlatformError(f"no ComfyUI answers: {error}; is the tunnel up, and ComfyUI ready?") from error
 
 
-def print_debug(status: Mapping[str, Any]) -> None:
-    """Times, and what the worker says about itself and about a failure; a line each."""
-    output = status.get("output")
-    facts = {key: status[key] for key in ("delayTime", "executionTime", "workerId") if key in status}
-    for key in ("timings_ms", "debug", "details"):
-        value = output.get(key) if isinstance(output, dict) else None
-        facts |= {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {}
-    for key, value in facts.items():
-        say(f"{one_line(key, 60)}: {one_line(value if isinstance(value, str) else json.dumps(value), 2000)}")
-
-
-def print_remarks(output: Mapping[str, Any]) -> None:
-    """The result's warnings on stderr, its texts on stdout."""
-    for key in ("warnings", "errors"):  # the official worker puts what it could not return under `errors`
-        remarks = output.get(key)
-        for remark in remarks if isinstance(remarks, list) else []:
-            say(f"warning: {one_line(remark)}")
-    texts = output.get("texts")
-    for entry in texts if isinstance(texts, list) else []:
-        text = entry.get("text") if isinstance(entry, dict) else entry
-        print(text if isinstance(text, str) else json.dumps(entry), flush=True)
-
-
-def run(options: argparse.Namespace, environ: Mapping[str, str]) -> ExitCode:
-    """The program without its error handling."""
-    endpoint = connect(options, environ)
-    body = build_body(options)
-    make_output_directory(options.out)
-    status = run_job(endpoint, body, options.timeout)
-    if options.debug:
-        print_debug(status)
-    output = outcome(status)
-    print_remarks(output)
-    failures = save_result(output, options.out)
-    for failure in failures:
-        say(f"error: {failure}")
-    return failures[0].exit_code if failures else ExitCode.SAVED
+def run(options: Options, environ: Mapping[str, str], console: Console) -> tuple[ExitCode, dict[str, Any]]:
+    """The program without its outermost error handling; the exit code, and the object of --json."""
+    many = options.batch is not None or options.repeat > 1
+    if many and (options.detach or options.resume or options.cancel):
+        raise InputError("--detach, --resume and --cancel are for one job, not for --repeat and --batch")
+    if (options.resume or options.cancel) and (options.dry_run or options.save_run):
+        raise InputError("--dry-run and --save-run go with a job that is sent, not with --resume and --cancel")
+    connected = connect(options, environ, console) if not options.dry_run else None
+    if options.cancel and connected:
+        state = connected().cancel(options.cancel)
+        console.say(cancelled(options.cancel, state))
+        return ExitCode.SAVED, {"ok": True, "exit_code": ExitCode.SAVED, "job_id": options.cancel, "state": state}
+    if many:
+        if connected:
+            make_output_directory(options.out)
+        code, jobs = run_many(options, connected, console)
+        return code, {"ok": not code, "exit_code": code, "jobs": jobs}
+    report = Run(options, console, None if options.quiet else sys.stderr).attempt(connected)
+    for error in report.errors:
+        console.fail(error) if report.exit_code != ExitCode.INTERRUPTED else console.say(error)
+    return report.exit_code, report.as_json()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a result's text must not end the program
-    options = build_parser().parse_args(arguments)
+    # The end by a supervisor, and of the terminal, is Ctrl-C too; but for nohup, which has it ignored.
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    console = Console("--quiet" in arguments, "--json" in arguments)
     try:
-        return run(options, os.environ)
+        code, told = run(build_parser().parse_args(arguments), os.environ, console)
     except ClientError as error:
-        say(f"error: {error}")
-        return error.exit_code
+        console.fail(error)
+        code, told = error.exit_code, {"ok": False, "exit_code": error.exit_code, "errors": [str(error)]}
     except KeyboardInterrupt:
-        say("interrupted")
-        return ExitCode.INTERRUPTED
+        console.say("interrupted")
+        code, told = ExitCode.INTERRUPTED, {"ok": False, "exit_code": ExitCode.INTERRUPTED, "errors": ["interrupted"]}
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is missing: `uv run client.py` brings it, or `pip install requests Pillow tqdm`"
+        console.fail(message)
+        code, told = ExitCode.BAD_INPUT, {"ok": False, "exit_code": ExitCode.BAD_INPUT, "errors": [message]}
     except Exception as error:  # noqa: BLE001 - the outermost function: a sentence instead of a traceback
-        say(f"error: the client has a defect: {type(error).__name__}: {one_line(error, 300)}")
-        return ExitCode.PLATFORM
+        console.fail(f"the client has a defect: {type(error).__name__}: {one_line(error, 300)}")
+        code, told = ExitCode.PLATFORM, {"ok": False, "exit_code": ExitCode.PLATFORM, "errors": ["a defect"]}
+    if console.json:
+        # Through JSON once: what the server sent as NaN or Infinity would make it none.
+        write_line(sys.stdout, json.dumps(json.loads(json.dumps(told), parse_constant=str)))
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if threading.active_count() > 1:  # jobs that a second Ctrl-C has left: their threads must not keep the program
+        os._exit(exit_code)
+    sys.exit(exit_code)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from client_server import STEADY, Server, answer, cut
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import client
@@ -17,6 +17,14 @@ import client
 
 def encoded(content: bytes) -> str:
     return base64.b64encode(content).decode()
+
+
+def save(output: dict[str, Any], directory: Path) -> tuple[list[Path], list[client.ClientError]]:
+    """What was told as saved, and what went wrong."""
+    told: list[Path] = []
+    failures = client.save_result(output, directory, told.append)
+    assert {path.name for path in told} <= files_in(directory).keys()
+    return told, failures
 
 
 def files_in(directory: Path) -> dict[str, bytes]:
@@ -60,22 +68,32 @@ AWKWARD = st.text(st.sampled_from("./\\a:\0 \u202e猫\ud800-~") | st.characters(
 
 @STEADY
 @given(AWKWARD)
+@example("猫" * 300 + ".png")
+@example("a" + ".png" * 300)
+@example("a.png. .")
+@example("a.png ")
 def test_any_name_can_be_written_and_stays_in_its_folder(name: str) -> None:
     safe = client.safe_basename(name, fallback="image")
     assert safe
     assert Path(safe).name == safe
     assert safe[0] not in ". "
+    assert safe[-1] not in ". "
     assert safe.isprintable()
     assert len(safe.encode()) <= 220
 
 
+NAMES = st.sampled_from(["a.png", "A.png", "a_1.png", "a_2.png", "b", "b_1"])
+
+
 @STEADY
-@given(st.lists(st.sampled_from(["a.png", "A.png", "a_1.png", "a_2.png", "b", "b_1"]), max_size=8))
-def test_unique_names_are_unique_and_keep_the_first_as_it_is(names: list[str]) -> None:
-    unique = client.unique_names(names)
-    assert len({name.casefold() for name in unique}) == len(names) == len(unique)
-    assert unique[:1] == names[:1]
-    assert [Path(name).suffix for name in unique] == [Path(name).suffix for name in names]
+@given(NAMES, st.lists(NAMES, max_size=8))
+def test_a_free_name_is_the_name_or_the_next_number(name: str, taken: list[str]) -> None:
+    used = {other.casefold() for other in taken}
+    free = client.free_name(name, taken)
+    assert free.casefold() not in used
+    assert free == name or name.casefold() in used
+    assert Path(free).suffix == Path(name).suffix
+    assert Path(free).stem.startswith(Path(name).stem)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -97,8 +115,9 @@ def test_nothing_is_ever_overwritten(tmp_path: Path) -> None:
 def test_any_names_keep_every_content(tmp_path_factory: pytest.TempPathFactory, items: list[tuple[str, bytes]]) -> None:
     directory = tmp_path_factory.mktemp("out")
     output = {"images": [{"filename": name, "type": "base64", "data": encoded(content)} for name, content in items]}
-    if items:
-        assert client.save_result(output, directory) == []
+    told, failures = save(output, directory)
+    assert len(told) == len(items)
+    assert bool(failures) == (not items)
     assert sorted(files_in(directory).values()) == sorted(content for _, content in items)
 
 
@@ -121,9 +140,7 @@ def test_saved_files_have_ordinary_permissions(tmp_path: Path) -> None:
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_list_of_a_result_is_saved_and_each_path_printed(
-    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_list_of_a_result_is_saved_and_each_path_told_at_once(tmp_path: Path, server: Server) -> None:
     server.script = [answer(200, "from the bucket")]
     output = {
         "status": "success",
@@ -135,7 +152,7 @@ def test_every_list_of_a_result_is_saved_and_each_path_printed(
         "audio": [{"filename": "s.flac", "type": "base64", "data": encoded(b"three")}],
         "files": [{"filename": "l.latent", "type": "base64", "data": encoded(b"four")}],
     }
-    assert client.save_result(output, tmp_path) == []
+    told, failures = save(output, tmp_path)
     expected = {
         "a.png": b"one",
         "a_1.png": b"two",
@@ -144,12 +161,22 @@ def test_every_list_of_a_result_is_saved_and_each_path_printed(
         "l.latent": b"four",
     }
     assert files_in(tmp_path) == expected
-    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in expected]
+    assert (told, failures) == ([tmp_path / name for name in expected], [])
 
 
-def test_a_download_goes_without_the_key(tmp_path: Path, server: Server) -> None:
+def test_what_is_saved_is_told_before_the_next_item_is_taken(tmp_path: Path) -> None:
+    item = {"filename": "a.png", "data": encoded(b"x")}
+    counts: list[int] = []
+    client.save_result({"images": [item] * 3}, tmp_path, lambda path: counts.append(len(files_in(tmp_path))))
+    assert counts == [1, 2, 3]
+
+
+def test_a_download_goes_without_any_key(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.script = [answer(200, "x")]
-    client.save_result({"images": [{"filename": "a.png", "type": "s3_url", "data": server.url}]}, tmp_path)
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login someone password else\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))  # what is there would make a presigned link invalid
+    save({"images": [{"filename": "a.png", "type": "s3_url", "data": server.url}]}, tmp_path)
     assert [authorization for _, _, authorization, _ in server.requests] == [None]
 
 
@@ -170,7 +197,8 @@ def test_a_download_goes_without_the_key(tmp_path: Path, server: Server) -> None
 )
 def test_a_broken_item_fails_loudly_and_the_others_are_kept(tmp_path: Path, item: Any, message: str) -> None:
     good = {"filename": "good.png", "type": "base64", "data": encoded(b"good")}
-    failures = client.save_result({"images": [good, item, good]}, tmp_path)
+    told, failures = save({"images": [good, item, good]}, tmp_path)
+    assert [path.name for path in told] == ["good.png", "good_1.png"]
     assert [message in str(failure) for failure in failures] == [True]
     assert files_in(tmp_path) == {"good.png": b"good", "good_1.png": b"good"}
 
@@ -181,18 +209,25 @@ def test_a_broken_item_fails_loudly_and_the_others_are_kept(tmp_path: Path, item
 )
 def test_a_download_that_fails_leaves_nothing(tmp_path: Path, server: Server, reply: Any, message: str) -> None:
     server.script = [reply]
-    failures = client.save_result({"images": [{"filename": "a", "type": "s3_url", "data": server.url}]}, tmp_path)
+    told, failures = save({"images": [{"filename": "a", "type": "s3_url", "data": server.url}]}, tmp_path)
     assert [message in str(failure) for failure in failures] == [True]
-    assert files_in(tmp_path) == {}
+    assert (told, files_in(tmp_path)) == ([], {})
 
 
 @pytest.mark.parametrize("output", [{"images": []}, {"status": "success"}, {"images": {}}, {"images": None}])
 def test_a_result_with_nothing_in_it_is_a_failure(tmp_path: Path, output: dict[str, Any]) -> None:
-    assert [type(failure) for failure in client.save_result(output, tmp_path)] == [client.JobFailed]
+    assert [type(failure) for failure in save(output, tmp_path)[1]] == [client.JobFailed]
 
 
 def test_a_result_of_text_alone_is_enough(tmp_path: Path) -> None:
-    assert client.save_result({"images": [], "texts": ["a caption"]}, tmp_path) == []
+    assert save({"images": [], "texts": ["a caption"]}, tmp_path) == ([], [])
+
+
+def test_a_folder_that_is_gone_fails_each_item_in_a_sentence(tmp_path: Path) -> None:
+    items = [{"filename": name, "data": encoded(b"x")} for name in ("a.png", "b.png")]
+    failures = client.save_result({"images": items}, tmp_path / "gone", print)
+    assert [str(failure).partition(":")[0] for failure in failures] == ["a.png is not saved", "b.png is not saved"]
+    assert all("No such file or directory" in str(failure) for failure in failures)
 
 
 JSON = st.recursive(
@@ -207,5 +242,6 @@ ITEMS = st.dictionaries(st.sampled_from(["filename", "data", "size_bytes"]), JSO
 @given(st.dictionaries(st.sampled_from([*client.FILE_LISTS, "texts"]), st.lists(ITEMS | JSON, max_size=3) | JSON))
 def test_any_result_is_saved_or_told(tmp_path_factory: pytest.TempPathFactory, output: dict[str, Any]) -> None:
     directory = tmp_path_factory.mktemp("out")
-    failures = client.save_result(output, directory)
+    _, failures = save(output, directory)
+    assert all(str(failure).isprintable() for failure in failures)
     assert failures or output.get("texts") or files_in(directory)

@@ -115,15 +115,16 @@ def _outputs(outputs: dict[str, Any]) -> Iterator[tuple[Any, Job | None]]:
     """(item, what a preview of it would say) of all files and texts."""
     for node_id, by_kind in outputs.items():
         for kind, items in by_kind.items():
-            if kind == "animated":
+            if kind == "animated" or not isinstance(items, list):
                 continue
             place = {"nodeId": node_id, "mediaType": kind}
             for item in items:
                 if isinstance(item, dict):
                     yield item, {**item, **place} if kind in _WITH_PREVIEW else None
                 elif kind == "text":
-                    shortened = {"truncated": True} if len(item) > _TEXT_PREVIEW_CHARS else {}
-                    yield item, {"content": item[:_TEXT_PREVIEW_CHARS], **shortened, **place}
+                    content = str(item)
+                    shortened = {"truncated": True} if len(content) > _TEXT_PREVIEW_CHARS else {}
+                    yield item, {"content": content[:_TEXT_PREVIEW_CHARS], **shortened, **place}
 
 
 def _without_none(values: Job) -> Job:
