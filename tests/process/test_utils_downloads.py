@@ -113,12 +113,14 @@ def test_the_token_opens_gated_and_private_repositories_and_stays_with_the_hub(b
 
 
 def test_a_saved_login_is_not_used_by_halves(bench: Bench) -> None:
+    """For HEAD, but not for GET: then --check would promise what cannot be had."""
     bench.hub.add("org/gated", {"a.pth": b"a"}, gated=True)
+    bench.hub.add("org/open", {"b.pth": b"b", "c.pth": b"c"})
     (bench.folder / "token").write_text(MEMBER_TOKEN)
-    checked = bench.utils("org/gated:a.pth:vae", "--check")
-    run = bench.utils("org/gated:a.pth:vae")
-    assert (run.code == ALL_THERE) == (checked.columns[0][1] == "to download")
-    assert len({request.authorization for request in bench.hub.requests if not request.by_storage}) == 1
+    models = "org/gated:a.pth:vae,org/open:b.pth:vae,org/open:c*:vae"
+    assert [line[1] for line in bench.utils(models, "--check").columns[:3]] == ["missing", "to download", "to download"]
+    assert list(bench.utils(models).sources.values()) == ["missing", "download", "download"]
+    assert {request.authorization for request in bench.hub.requests} == {None}
 
 
 def test_a_repository_that_was_renamed_is_followed(bench: Bench) -> None:
@@ -171,7 +173,7 @@ def test_a_line_tells_every_few_seconds_how_far_it_is(bench: Bench, monkeypatch:
     small, large = b"small", b"\0" * 22 * MB  # the library writes pieces of 10.5 MB
     bench.hub.add("org/name", {"a.pth": large, "b.pth": small})
     bench.hub.blob(large).stalled = threading.Event()
-    monkeypatch.setattr(download, "PROGRESS_EVERY_S", 0.02)
+    monkeypatch.setattr(download, "PROGRESS_EVERY_S", 0.1)
     lines: list[str] = []
 
     def say(line: str) -> None:
@@ -476,26 +478,26 @@ def test_no_space_is_told_with_what_to_enlarge(
 
 @pytest.mark.parametrize("download_to", ["container", "volume"])
 def test_a_disk_that_runs_full_in_mid_download(bench: Bench, download_to: str) -> None:
-    """A tmpfs of 1 MB in a namespace of its own; the hub does not say how large the first file is."""
-    contents = {"a.pth": b"a" * 2 * MB, "b.pth": b"b" * 1000}
-    bench.hub.add("org/name", contents)
-    bench.hub.blob(contents["a.pth"]).claimed_size_bytes = None
+    """A tmpfs of 1 MB in a namespace of its own; the hub does not say how large the file is."""
+    content = b"a" * 2 * MB
+    bench.hub.add("org/name", {"a.pth": content})
+    bench.hub.blob(content).claimed_size_bytes = None
     disk = bench.models if download_to == "container" else bench.volume
     disk.mkdir(parents=True)
-    inside = 'mount -t tmpfs -o size=1m tmpfs "$0" && "$@"; code=$?; cd "$0" && find . -type f; exit "$code"'
+    inside = 'mount -t tmpfs -o size=1m tmpfs "$0" || exit 77; "$@"; code=$?; cd "$0" && find . -type f; exit "$code"'
     finished = subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-c", inside, disk, sys.executable, UTILS],
-        env=bench.environment("org/name:a.pth:vae,org/name:b.pth:vae", DOWNLOAD_TO=download_to),
+        env=bench.environment("org/name:a.pth:vae", DOWNLOAD_TO=download_to),
         capture_output=True,
         text=True,
         timeout=RUN_LIMIT_S,
         check=False,
     )
-    if "unshare" in finished.stderr or "mount" in finished.stderr:
+    if finished.returncode == 77 or finished.stderr.startswith("unshare:"):
         pytest.skip(f"needs the right to mount a tmpfs in a namespace: {finished.stderr.strip()}")
     assert finished.returncode == SOME_MISSING, finished.stderr
     assert f"utils.py: org/name:a.pth: no space left at {disk}/vae" in finished.stderr
-    assert [line for line in finished.stdout.splitlines() if line.startswith("./")] == ["./vae/b.pth"]
+    assert "./" not in finished.stdout  # nothing of it has stayed
 
 
 # -- the network volume
