@@ -170,6 +170,16 @@ MUTANTS = [
     Mutant("client: Ctrl-C ends the rest", "client.py", "pool.shutdown(wait=False, cancel_futures=True)\n        try:", "pool.shutdown(wait=False)\n        try:", "tests/unit/test_client_many.py"),
     Mutant("client: glass box, fresh files", "client.py", "return self._queue(self._with_nonce(workflow, unlinked(workflow)))", "return self._queue(workflow)", "tests/contract/test_client_glass_box.py"),
     Mutant("client: glass box, an interrupt that gets lost", "client.py", 'self._post("/queue", {"delete": [job_id]})', "pass", "tests/contract/test_client_glass_box.py"),
+    Mutant("models: sha256", "worker/models/download.py", "if download.sha256 != download.expected_sha256:", "if False:", "tests/process/test_utils_downloads.py"),
+    Mutant("models: one download on a volume", "worker/models/lease.py", 'path.open("x").close()', 'path.open("w").close()', "tests/process/test_utils_downloads.py tests/unit/test_models_lease.py"),
+    Mutant("models: a killed holder", "worker/models/lease.py", "if age_s(path) > stale_s:", "if False:", "tests/unit/test_models_lease.py"),
+    Mutant("models: orphans", "worker/models/download.py", "            if is_orphan:\n", "            if False:\n", "tests/process/test_utils_downloads.py"),
+    Mutant("models: space", "worker/models/download.py", "if download.size_bytes > free:", "if False:", "tests/process/test_utils_downloads.py"),
+    Mutant("models: biggest first", "worker/models/download.py", "key=lambda one: -one.size_bytes", "key=lambda one: one.size_bytes", "tests/process/test_utils_downloads.py"),
+    Mutant("models: whole by their header", "worker/models/sources.py", "return None if size_bytes == whole_bytes else", "return None if True else", "tests/unit/test_models_sources.py"),
+    Mutant("models: SIGTERM ends downloads", "worker/models/download.py", "        stop.set()\n", "", "tests/process/test_utils_downloads.py"),
+    Mutant("models: the network volume is given to ComfyUI", "start.sh", "[[ ! -s $RAMDISK_DIR/run/extra_model_paths.yaml ]] ||", "true ||", "tests/process/test_models_boot.py"),
+    Mutant("models: the prefetch ends with its share", "worker/models/prefetch.py", "if limit_bytes <= 0:", "if False:", "tests/unit/test_models_prefetch.py tests/process/test_utils_models.py"),
 ]  # fmt: skip
 
 
