@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import io
 import itertools
 import json
@@ -37,23 +36,6 @@ if TYPE_CHECKING:
     import requests
     from PIL import Image
 
-DEFAULT_URL = "https://api.runpod.ai/v2"
-RUN_LIMIT_BYTES, RUNSYNC_LIMIT_BYTES = 10_000_000, 20_000_000  # of a request's body (docs.runpod.io: 10 and 20 MB)
-RUNSYNC_WAIT_MS = 1_000  # the least that RunPod takes: the job's id has to be known early, to follow and to cancel it
-MIN_EXECUTION_TIMEOUT_MS = 5_000  # RunPod takes 5 s to 7 days
-MAX_TIMEOUT_S = 86_400  # a job's time to live on RunPod, unless its request says otherwise
-
-CONNECT_TIMEOUT_S = 10
-READ_TIMEOUT_S = 60
-CANCEL_TIMEOUT_S = 10
-DOWNLOAD_LIMIT_S = 600
-SILENCE_LIMIT_S = 120  # without one usable answer for this long, following a job is given up
-SLEEP_GAP_S = 30  # a pause that took this much longer than asked: the computer was asleep
-FIRST_POLL_S = 0.1
-LAST_POLL_S = 5.0
-POLL_GROWTH = 1.5
-MAX_RETRY_AFTER_S = 60.0
-
 
 class ExitCode(IntEnum):
     """How the program ends; --help lists the same."""
@@ -73,6 +55,7 @@ class ClientError(Exception):
     ├── InputError      the command line, a workflow or a picture has to change
     ├── JobFailed       the job ended without a usable result, or an item of it could not be saved
     ├── JobTimedOut     the time for the job is over
+    ├── Interrupted     Ctrl-C
     └── PlatformError   RunPod, ComfyUI or the network
         ├── Refused     HTTP 4xx, with the body's text in `text`
         │   └── NotFound  404: the endpoint, the job or the call is not there
@@ -87,11 +70,15 @@ class InputError(ClientError):
 
 
 class JobFailed(ClientError):
-    exit_code = ExitCode.JOB_FAILED
+    pass
 
 
 class JobTimedOut(ClientError):
     exit_code = ExitCode.TIMED_OUT
+
+
+class Interrupted(ClientError):
+    exit_code = ExitCode.INTERRUPTED
 
 
 class PlatformError(ClientError):
@@ -126,22 +113,19 @@ class Console:
     json: bool = False
     prefix: str = ""
 
-    def say(self, message: str) -> None:
+    def say(self, message: object) -> None:
         if not self.quiet:
-            self._print(message)
+            write_line(sys.stderr, f"{self.prefix}{message}")
 
     def warn(self, message: str) -> None:
-        self._print(f"warning: {message}")
+        write_line(sys.stderr, f"{self.prefix}warning: {message}")
 
     def fail(self, error: object) -> None:
-        self._print(f"error: {error}")
+        write_line(sys.stderr, f"{self.prefix}error: {error}")
 
     def result(self, text: str) -> None:
         if not self.json:
             write_line(sys.stdout, text)
-
-    def _print(self, message: str) -> None:
-        write_line(sys.stderr, f"{self.prefix}{message}")
 
 
 def write_line(stream: TextIO | None, text: str) -> None:
@@ -163,13 +147,26 @@ def one_line(value: object, limit_chars: int = 600) -> str:
     return text if len(text) <= limit_chars else text[: limit_chars - 1] + "…"
 
 
-def shown(value: object, limit_chars: int = 100) -> str:
-    """A value of a workflow as JSON, in one line."""
-    return one_line(json.dumps(value, ensure_ascii=False, default=str), limit_chars)
-
-
 def counted(number: int, noun: str) -> str:
-    return f"{number or 'no'} {noun}" if number == 1 else f"{number or 'no'} {noun}s"
+    return f"{number or 'no'} {noun}{'s' * (number != 1)}"
+
+
+def reason_of(error: BaseException) -> str:
+    """The first cause in a chain of exceptions: "Connection refused" instead of requests' five layers around it."""
+    while isinstance(earlier := error.__cause__ or error.__context__, Exception):
+        if isinstance(earlier, ClientError):
+            break
+        error = earlier
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return one_line(strerror or error, 200) or type(error).__name__
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Raises ValueError, also for what Python's parser finds too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,16 +185,15 @@ def read_file(path: Path, noun: str = "file") -> bytes:
     except FileNotFoundError as error:
         raise InputError(f"there is no {noun} {path}") from error
     except (OSError, ValueError) as error:  # ValueError: a path that none can be
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise InputError(f"the {noun} {one_line(path)} cannot be read: {reason or one_line(error)}") from error
+        raise InputError(f"the {noun} {one_line(path)} cannot be read: {reason_of(error)}") from error
 
 
 def read_document(path: Path) -> object:
     """The JSON in a file. Raises InputError."""
     content = read_file(path, "workflow")
     try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(content.decode("utf-8-sig"))
+    except ValueError as error:
         raise InputError(f"the workflow {path} is not JSON: {one_line(error, 120)}") from error
 
 
@@ -210,12 +206,9 @@ def parse_workflow(document: object) -> Workflow:
         if isinstance(document.get("nodes"), list):
             raise InputError(f"this workflow is in ComfyUI's UI format; {EXPORT_HINT}")
         nodes = {key: node for key, node in document.items() if not key.startswith("_")}  # people write "_comment"
-        if nodes and all(is_node(node) for node in nodes.values()):
+        if nodes and all(map(is_node, nodes.values())):
             return nodes
-        inner = next((document[key] for key in ("input", "workflow", "prompt") if key in document), None)
-        if inner is None:
-            break
-        document = inner
+        document = next((document[key] for key in ("input", "workflow", "prompt") if key in document), None)
     raise InputError(f"this is not a workflow in API format (node ids, each with class_type and inputs); {EXPORT_HINT}")
 
 
@@ -225,30 +218,25 @@ def is_node(value: object) -> bool:
     )
 
 
-def natural_key(node_id: str) -> tuple[tuple[int, int, str], ...]:
+def natural_key(node_id: str) -> list[tuple[int, int, str]]:
     """Sorts node ids as a person reads them: "9" < "10" < "57:8" < "57:12"; words come after numbers."""
-    return tuple(_part_key(part) for part in node_id.split(":"))
-
-
-def _part_key(part: str) -> tuple[int, int, str]:
-    if part.isascii() and part.isdigit():
-        digits = part.lstrip("0")
-        return (0, len(digits), digits)  # compares as the number does, without int()'s limit of 4300 digits
-    return (1, 0, part)
+    parts = [(part, part.lstrip("0")) for part in node_id.split(":")]
+    # Digits by their number first, which compares as int() does, and knows no limit of 4300 digits.
+    return [(0, len(bare), bare) if part.isascii() and part.isdigit() else (1, 0, part) for part, bare in parts]
 
 
 def in_order(workflow: Workflow) -> list[str]:
     return sorted(workflow, key=natural_key)
 
 
-def is_linked(value: object) -> bool:
+def is_linked(value: object) -> TypeGuard[list[Any]]:
     """ComfyUI takes every list for a link (execution.py `validate_inputs`, 0.3.64)."""
     return isinstance(value, list)
 
 
 def source_of(workflow: Workflow, value: object) -> str | None:
     """The node that a link [node_id, output index] comes from; None for a plain value or a dangling link."""
-    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[0] in workflow:
+    if is_linked(value) and len(value) == 2 and isinstance(value[0], str) and value[0] in workflow:
         return value[0]
     return None
 
@@ -257,6 +245,11 @@ def links_of(workflow: Workflow, node_id: str) -> dict[str, str]:
     """{input name: source node} of a node."""
     inputs = workflow[node_id]["inputs"].items()
     return {name: source for name, value in inputs if (source := source_of(workflow, value)) is not None}
+
+
+def linked_from(workflow: Workflow) -> set[str]:
+    """The nodes that others link from."""
+    return {source for node_id in workflow for source in links_of(workflow, node_id).values()}
 
 
 def label(workflow: Workflow, node_id: str) -> str:
@@ -268,8 +261,8 @@ def label(workflow: Workflow, node_id: str) -> str:
     return f"{one_line(node_id, 40)}{quoted} ({one_line(node['class_type'], 60)})"
 
 
-def labels(workflow: Workflow, node_ids: Iterable[str]) -> str:
-    return ", ".join(label(workflow, node_id) for node_id in sorted(set(node_ids), key=natural_key))
+def labels(workflow: Workflow, node_ids: Collection[str]) -> str:
+    return ", ".join(label(workflow, node_id) for node_id in in_order(workflow) if node_id in node_ids)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -323,13 +316,17 @@ def by_place(places: Iterable[Place]) -> list[Place]:
     return sorted(set(places), key=lambda place: (natural_key(place.node_id), place.input_name))
 
 
-def places_shown(workflow: Workflow, places: Sequence[Place], limit: int = 12) -> str:
+def change_shown(workflow: Workflow, change: Change, limit_chars: int = 60) -> str:
+    """`3 "Load Image" (LoadImage).image = "a.png"`, with the value as JSON."""
+    (node_id, name), value = change
+    value_shown = one_line(json.dumps(value, ensure_ascii=False, default=str), limit_chars)
+    return f"{label(workflow, node_id)}.{one_line(name, 60)} = {value_shown}"
+
+
+def places_shown(workflow: Workflow, places: Sequence[Place]) -> str:
     """Places with the node's label and what they hold."""
-    listed = [
-        f"{label(workflow, node_id)}.{one_line(name, 60)} = {shown(workflow[node_id]['inputs'].get(name), 60)}"
-        for node_id, name in places[:limit]
-    ]
-    return ", ".join(listed) + (f" and {len(places) - limit} more" if len(places) > limit else "")
+    listed = [change_shown(workflow, Change(place, value_at(workflow, place))) for place in places[:12]]
+    return ", ".join(listed) + (f" and {len(places) - 12} more" if len(places) > 12 else "")
 
 
 def split_named(workflow: Workflow, text: str) -> tuple[str | None, str]:
@@ -360,16 +357,13 @@ class Slot(NamedTuple):
     place: Place
     kind: str
 
-
-def slots_of(workflow: Workflow) -> list[Slot]:
-    """Every input that has to name a sent file: LoadImage's, then those of other loaders, in node-id order."""
-    linked = {source for node_id in workflow for source in links_of(workflow, node_id).values()}
-    found = all_slots(workflow)
-    return [slot for slot in found if slot.place.node_id in linked] or found  # ComfyUI runs no loader without use
+    @property
+    def option(self) -> str:
+        return "--img" if self.kind == "image" else "--file"
 
 
 def all_slots(workflow: Workflow) -> list[Slot]:
-    """The same with the loaders that nothing uses."""
+    """Every input that names a file: LoadImage's, then those of other loaders, in node-id order."""
     found = []
     for node_id in in_order(workflow):
         class_type, inputs = workflow[node_id]["class_type"], workflow[node_id]["inputs"]
@@ -382,6 +376,12 @@ def all_slots(workflow: Workflow) -> list[Slot]:
     return sorted(found, key=lambda slot: workflow[slot.place.node_id]["class_type"] != "LoadImage")
 
 
+def slots_of(workflow: Workflow) -> list[Slot]:
+    """Those whose file has to be sent: ComfyUI runs no loader without use."""
+    found, linked = all_slots(workflow), linked_from(workflow)
+    return [slot for slot in found if slot.place.node_id in linked] or found
+
+
 class GivenFile(NamedTuple):
     """A file of the command line under the name that it is sent by; `node_id` is None where none was named."""
 
@@ -389,35 +389,33 @@ class GivenFile(NamedTuple):
     kind: str
     node_id: str | None = None
 
+    def fits(self, slot: Slot) -> bool:
+        if self.node_id is not None:
+            return slot.place.node_id == self.node_id
+        kinds = (self.kind, slot.kind)
+        return self.kind == slot.kind or ("file" in kinds and "image" not in kinds)
+
 
 def plan_files(workflow: Workflow, given: Sequence[GivenFile], taken: Collection[Place] = ()) -> list[Change]:
     """Where each file goes: to the node that it names, else to the first free input of its kind.
 
     Raises InputError where there is none.
     """
-    used, taken = slots_of(workflow), set(taken)
-    changes = []
+    changes: list[Change] = []
     for file in sorted(given, key=lambda file: file.node_id is None):
-        if file.node_id is None:
-            fits = [slot.place for slot in used if _fits(slot.kind, file.kind)]
-        else:
-            fits = [slot.place for slot in all_slots(workflow) if slot.place.node_id == file.node_id]
-        free = [place for place in fits if place not in taken]
-        if not free:
+        slots = slots_of(workflow) if file.node_id is None else all_slots(workflow)
+        used = {*taken, *(change.place for change in changes)}
+        place = next((slot.place for slot in slots if file.fits(slot) and slot.place not in used), None)
+        if place is None:
             raise InputError(_no_slot_message(workflow, file, given))
-        taken.add(free[0])
-        changes.append(Change(free[0], file.name))
+        changes.append(Change(place, file.name))
     return changes
-
-
-def _fits(slot_kind: str, kind: str) -> bool:
-    return slot_kind == kind or ("file" in (slot_kind, kind) and "image" not in (slot_kind, kind))
 
 
 def _no_slot_message(workflow: Workflow, file: GivenFile, given: Sequence[GivenFile]) -> str:
     is_image = file.kind == "image"
     option, noun = ("--img", "image") if is_image else ("--file", "file")
-    nodes = [slot.place.node_id for slot in slots_of(workflow) if (slot.kind == "image") == is_image]
+    nodes = [slot.place.node_id for slot in slots_of(workflow) if slot.option == option]
     loaders = labels(workflow, nodes)
     if file.node_id is not None:
         takes = f"the nodes that take one file: {loaders}" if nodes else "no node of the workflow takes one"
@@ -429,27 +427,23 @@ def _no_slot_message(workflow: Workflow, file: GivenFile, given: Sequence[GivenF
 
 def unfilled(workflow: Workflow, changes: Iterable[Change], names: Collection[str]) -> list[Slot]:
     """The inputs that keep a file which is not sent: `names` are those that are."""
-    changed = {change.place for change in changes}
+    changed, sent = {change.place for change in changes}, list(names)  # a list, as a value may be unhashable
     return [
-        slot
-        for slot in slots_of(workflow)
-        if slot.place not in changed and value_at(workflow, slot.place) not in [*names]
+        slot for slot in slots_of(workflow) if slot.place not in changed and value_at(workflow, slot.place) not in sent
     ]
 
 
 def unfilled_message(workflow: Workflow, slots: Sequence[Slot]) -> str:
-    options = " or ".join(
-        option for option in ("--img", "--file") if any((option == "--img") == (slot.kind == "image") for slot in slots)
-    )
-    return (
-        f"the workflow loads {counted(len(slots), 'file')} that {options} does not give: "
-        f"{places_shown(workflow, [slot.place for slot in slots])}; --keep-images leaves that so"
-    )
+    options = " or ".join(sorted({slot.option for slot in slots}, reverse=True))
+    places = places_shown(workflow, [slot.place for slot in slots])
+    number = counted(len(slots), "file")
+    return f"the workflow loads {number} that {options} does not give: {places}; --keep-images leaves that so"
 
 
 # --- prompt text: traced from the samplers to where the words really live --------------------------------------------
 # The names below are those of ComfyUI 0.18.1 and of the nodes met in some 550 published workflows.
 
+TEXT_OPTIONS = {"positive": "--prompt", "negative": "--negative"}  # of the two roles that a text can have
 OPPOSITE = {"positive": "negative", "negative": "positive"}
 ROLE_NAMES = {  # inputs that belong to one role by their name
     role: re.compile(
@@ -460,7 +454,8 @@ ROLE_NAMES = {  # inputs that belong to one role by their name
 }
 SAMPLER = re.compile(r"sampler|guider", re.I)
 CONDITIONING = re.compile(r"conditioning.*|.*_conditioning|cond\d+|(text|prompt|hyvid)_embeds", re.I)
-TEXT_ENCODER = re.compile(r"clip|t5|text_?encoder", re.I)  # the model that a text encoder gets by link
+TEXT_ENCODER = re.compile(r"text_?encode|wildcard", re.I)
+ENCODER_MODEL = re.compile(r"clip|t5|text_?encoder", re.I)  # what a text encoder gets by link
 # A prompt's words: text, prompt, text_g and text_l (SDXL), clip_l and t5xxl (Flux, SD3), bert and mt5xl (HunyuanDiT),
 # user_prompt (Lumina2), tags (ACE-Step), wildcard_text and populated_text (Impact), text_a ... of concatenations.
 WORDS = re.compile(
@@ -481,66 +476,86 @@ MAKES_UP_WORDS = re.compile(
 # Links that no words of a picture come through: instructions for such a node, numbers, choices.
 NO_WAY = re.compile(r"system|instruct|select|index|switch|bool|strength|width|height|length|seed|steps|frame", re.I)
 ENHANCES_WORDS = re.compile(r"enhance", re.I)  # takes a person's words and adds to them
-NO_PROMPT = re.compile(
-    r"segment|dino|sam\d?|detect|mask|clipseg|show|save", re.I
-)  # their `prompt` is not for a picture
+NO_PROMPT = re.compile(r"segment|dino|sam\d?|detect|mask|clipseg|show|save", re.I)  # `prompt` is not for a picture
 ENDS_TEXT = frozenset({"ConditioningZeroOut"})  # its output does not depend on the text (nodes.py, 0.18.1)
 MAX_DEPTH = 150
 
+Text = frozenset[Place]  # an encoder can have several fields (clip_l and t5xxl), and all of them get the words
 
+
+@dataclass
 class TextTrace:
-    """Follows links upstream to the places that hold the text of one role ("positive" or "negative").
+    """Follows links upstream to the places that hold the text of one role ("positive" or "negative")."""
 
-    A text is a set of places: an encoder can have several fields (clip_l and t5xxl), and all of them get the words.
-    `parts` are all places met that belong to the role by a name, `joined` those of which one node makes one text,
-    `computed` the nodes that make their words up.
-    """
+    workflow: Workflow
+    role: str
+    parts: set[Place] = field(default_factory=set)  # all places met that belong to the role by a name
+    joined: set[Place] = field(default_factory=set)  # those of which one node makes one text
+    computed: set[str] = field(default_factory=set)  # the nodes that make their words up
+    known: dict[tuple[str, bool], list[Text]] = field(default_factory=dict)
 
-    def __init__(self, workflow: Workflow, role: str) -> None:
-        self.role = role
-        self._workflow = workflow
-        self._known: dict[tuple[str, bool], list[frozenset[Place]]] = {}
-        self.parts: set[Place] = set()
-        self.joined: set[Place] = set()
-        self.computed: set[str] = set()
+    def from_samplers(self) -> list[Text]:
+        """The texts of the samplers, else of every node that has inputs for both roles. Where nothing takes a positive
+        text: of the text encoders, else of inputs named `prompt` (API nodes)."""
+        samplers, others = self._sinks()
+        for chosen in (samplers, samplers + others):
+            texts = [text for node_id in chosen for text in self._of_sink(node_id)]
+            if texts or self.computed:
+                return texts
+        if self.role == "negative" or samplers or others:
+            return []
+        nodes = in_order(self.workflow)
+        texts = [text for node_id in nodes if is_text_encoder(self.workflow, node_id) for text in self.of(node_id)]
+        prompts = [node_id for node_id in nodes if not NO_PROMPT.search(self._class(node_id))]
+        return texts or [text for node_id in prompts for text in self._at(node_id, "prompt")]
 
-    def texts_of(self, node_id: str, named: bool = False, depth: int = 0) -> list[frozenset[Place]]:
+    def all_parts(self) -> set[Place]:
+        """Every place that has a part in the role's text."""
+        samplers, others = self._sinks()
+        for node_id in samplers or others:
+            self._of_sink(node_id)
+        return self.parts
+
+    def _sinks(self) -> tuple[list[str], list[str]]:
+        """The nodes that take the role by an input's name, or are samplers that take one conditioning for it: samplers
+        and guiders, and the rest."""
+        samplers, others = [], []
+        for node_id in in_order(self.workflow):
+            (names, by_role), class_type = self._for_role(node_id), self._class(node_id)
+            if names and SAMPLER.search(class_type) and not (by_role and SHOWS.search(class_type)):
+                samplers.append(node_id)
+            elif by_role and not SHOWS.search(class_type):
+                others.append(node_id)
+        return samplers, others
+
+    def _of_sink(self, node_id: str) -> list[Text]:
+        names, named = self._for_role(node_id)
+        return [text for name in names for text in self._at(node_id, name, named)]
+
+    def of(self, node_id: str, named: bool = False, depth: int = 0) -> list[Text]:
         """The texts that a node's output comes from, one or alternatives.
 
         `named`: an input on the way was the role's by its name. Without one, no text counts as negative.
         """
         key = (node_id, named)
-        if key not in self._known:
-            self._known[key] = []  # for cycles
-            if self._workflow[node_id]["class_type"] not in ENDS_TEXT and depth < MAX_DEPTH:
-                self._known[key] = self._find(node_id, named, depth)
-        return self._known[key]
+        if key not in self.known:
+            self.known[key] = []  # for cycles
+            if self._class(node_id) not in ENDS_TEXT and depth < MAX_DEPTH:
+                self.known[key] = self._find(node_id, named, depth)
+        return self.known[key]
 
-    def texts_of_sink(self, node_id: str) -> list[frozenset[Place]]:
-        """The same by the inputs of a sampler that are for conditioning."""
-        names, named = self._for_role(node_id)
-        return [text for name in names for text in self.texts_at(node_id, name, named, 0)]
-
-    def is_sink(self, node_id: str) -> bool:
-        """Whether a node takes the role by an input's name, or is a sampler that takes one conditioning for it."""
-        names, by_role = self._for_role(node_id)
-        class_type = self._workflow[node_id]["class_type"]
-        return bool(SAMPLER.search(class_type) if not by_role else not SHOWS.search(class_type)) and bool(names)
-
-    def _find(self, node_id: str, named: bool, depth: int) -> list[frozenset[Place]]:
-        class_type, links = self._workflow[node_id]["class_type"], links_of(self._workflow, node_id)
-        is_encoder = is_text_encoder(self._workflow, node_id)
+    def _find(self, node_id: str, named: bool, depth: int) -> list[Text]:
+        class_type, links = self._class(node_id), links_of(self.workflow, node_id)
+        is_encoder = is_text_encoder(self.workflow, node_id)
         names, by_role = self._for_role(node_id)
         if not names:
             names = self._words(node_id)
-            made_up = MAKES_UP_WORDS.search(class_type) or (
-                names and not is_encoder and any(map(MEDIA.fullmatch, links))
-            )
-            if made_up and not ENHANCES_WORDS.search(class_type):
+            reads_media = bool(names) and not is_encoder and any(map(MEDIA.fullmatch, links))
+            if (reads_media or MAKES_UP_WORDS.search(class_type)) and not ENHANCES_WORDS.search(class_type):
                 self.computed.add(node_id)
                 return []
         names = names or [name for name in self._texty(node_id) if name in links and not NO_WAY.search(name)]
-        found = {name: self.texts_at(node_id, name, named or by_role, depth) for name in names}
+        found = {name: self._at(node_id, name, named or by_role, depth) for name in names}
         texts = [texts for texts in found.values() if texts]
         if is_encoder and all(len(alternatives) == 1 for alternatives in texts):  # every field of it gets the words
             return [frozenset().union(*(alternatives[0] for alternatives in texts))] if texts else []
@@ -551,40 +566,52 @@ class TextTrace:
             self.joined.update(*together)
         return together
 
-    def texts_at(self, node_id: str, name: str, named: bool = False, depth: int = 0) -> list[frozenset[Place]]:
+    def _at(self, node_id: str, name: str, named: bool = False, depth: int = 0) -> list[Text]:
         """The texts that one input comes from."""
-        source = source_of(self._workflow, self._workflow[node_id]["inputs"].get(name))
-        if source is not None:
-            return self.texts_of(source, named, depth + 1)
-        if not isinstance(self._workflow[node_id]["inputs"].get(name), str) or (self.role == "negative" and not named):
-            return []
         place = Place(node_id, name)
+        value = value_at(self.workflow, place)
+        if (source := source_of(self.workflow, value)) is not None:
+            return self.of(source, named, depth + 1)
+        if not isinstance(value, str) or (self.role == "negative" and not named):
+            return []
         if named:
             self.parts.add(place)
         return [frozenset({place})]
 
+    def _class(self, node_id: str) -> str:
+        return str(self.workflow[node_id]["class_type"])
+
     def _for_role(self, node_id: str) -> tuple[list[str], bool]:
         """The inputs that are the role's by their name, and True; else those for conditioning, and False."""
-        names, links = self._texty(node_id), links_of(self._workflow, node_id)
+        names, links = self._texty(node_id), links_of(self.workflow, node_id)
         by_role = [name for name in names if ROLE_NAMES[self.role].fullmatch(name)]
         return by_role or [name for name in names if name in links and CONDITIONING.fullmatch(name)], bool(by_role)
 
     def _words(self, node_id: str) -> list[str]:
         """The inputs that hold words, or are linked to them, by their name and the node's class."""
-        names, links = self._texty(node_id), links_of(self._workflow, node_id)
-        class_type = self._workflow[node_id]["class_type"]
-        if NO_WORDS.search(class_type):
+        names, links = self._texty(node_id), links_of(self.workflow, node_id)
+        if NO_WORDS.search(self._class(node_id)):
             names = [name for name in names if name in links]
         words = [name for name in names if WORDS.fullmatch(name)]
-        return words or [name for name in names if STRINGS.fullmatch(name) and STRING_NODE.search(class_type)]
+        return words or [name for name in names if STRINGS.fullmatch(name) and STRING_NODE.search(self._class(node_id))]
 
     def _texty(self, node_id: str) -> list[str]:
         """The inputs that hold a string or a link, without those that the other role has by their name."""
-        links, other = links_of(self._workflow, node_id), ROLE_NAMES[OPPOSITE[self.role]]
-        inputs = self._workflow[node_id]["inputs"].items()
+        links, other = links_of(self.workflow, node_id), ROLE_NAMES[OPPOSITE[self.role]]
+        inputs = self.workflow[node_id]["inputs"].items()
         return [
             name for name, value in inputs if (isinstance(value, str) or name in links) and not other.fullmatch(name)
         ]
+
+
+def is_text_encoder(workflow: Workflow, node_id: str) -> bool:
+    is_called_so = TEXT_ENCODER.search(workflow[node_id]["class_type"])
+    return bool(is_called_so) or any(map(ENCODER_MODEL.search, linked_inputs(workflow, node_id)))
+
+
+def linked_inputs(workflow: Workflow, node_id: str) -> list[str]:
+    """The names of a node's inputs that come by link, also by one that leads nowhere."""
+    return [name for name, value in workflow[node_id]["inputs"].items() if is_linked(value)]
 
 
 def plan_text(workflow: Workflow, text: str, role: str = "positive", node_id: str | None = None) -> list[Change]:
@@ -594,8 +621,8 @@ def plan_text(workflow: Workflow, text: str, role: str = "positive", node_id: st
     Raises InputError where no text, or more than one, feeds only this role: guessing could overwrite the other one.
     """
     trace = TextTrace(workflow, role)
-    texts = trace.texts_of(node_id, named=True) if node_id is not None else _traced_from_samplers(workflow, trace, role)
-    others = _parts_of(workflow, OPPOSITE[role]) if node_id is None else set()
+    texts = trace.of(node_id, named=True) if node_id is not None else trace.from_samplers()
+    others = TextTrace(workflow, OPPOSITE[role]).all_parts() if node_id is None else set()
     own = list(dict.fromkeys(text for text in texts if not text & others))
     own = [text for text in own if not _adds_nothing(workflow, text, own)] or own
     places = by_place(place for text in own for place in text)
@@ -606,81 +633,39 @@ def plan_text(workflow: Workflow, text: str, role: str = "positive", node_id: st
     raise InputError(_no_text_message(workflow, trace, places, found, node_id))
 
 
-def _adds_nothing(workflow: Workflow, text: frozenset[Place], others: Sequence[frozenset[Place]]) -> bool:
-    """Whether a text is empty; but a node of its own for a string waits for words, unless such a node has them."""
-    words = [other for other in others if any(value_at(workflow, place) for place in other)]
-    return text not in words and (
-        any(links_of(workflow, place.node_id) for place in text)
-        or any(not links_of(workflow, place.node_id) for other in words for place in other)
-    )
-
-
-def _traced_from_samplers(workflow: Workflow, trace: TextTrace, role: str) -> list[frozenset[Place]]:
-    """The texts of the samplers, else of every node that has inputs for both roles. Where nothing takes a positive
-    text: of the text encoders, else of inputs named `prompt` (API nodes)."""
-    sinks = _sinks(workflow, trace)
-    for chosen in (sinks[0], sinks[0] + sinks[1]):
-        texts = [text for node_id in chosen for text in trace.texts_of_sink(node_id)]
-        if texts or trace.computed:
-            return texts
-    if role == "negative" or sinks != ([], []):
-        return []
-    encoders = [node_id for node_id in in_order(workflow) if is_text_encoder(workflow, node_id)]
-    texts = [text for node_id in encoders for text in trace.texts_of(node_id)]
-    prompts = [node_id for node_id in in_order(workflow) if not NO_PROMPT.search(workflow[node_id]["class_type"])]
-    return texts or [text for node_id in prompts for text in trace.texts_at(node_id, "prompt")]
-
-
-def _sinks(workflow: Workflow, trace: TextTrace) -> tuple[list[str], list[str]]:
-    """The nodes that take the trace's role: samplers and guiders, and the rest."""
-    sinks = [node_id for node_id in in_order(workflow) if trace.is_sink(node_id)]
-    samplers = [node_id for node_id in sinks if SAMPLER.search(workflow[node_id]["class_type"])]
-    return samplers, [node_id for node_id in sinks if node_id not in samplers]
-
-
-def _parts_of(workflow: Workflow, role: str) -> set[Place]:
-    """Every place that has a part in the text of a role."""
-    trace = TextTrace(workflow, role)
-    samplers, others = _sinks(workflow, trace)
-    for node_id in samplers or others:
-        trace.texts_of_sink(node_id)
-    return trace.parts
-
-
-def is_text_encoder(workflow: Workflow, node_id: str) -> bool:
-    node = workflow[node_id]
-    linked = [name for name, value in node["inputs"].items() if is_linked(value)]
-    return bool(re.search("text_?encode|wildcard", node["class_type"], re.I)) or any(map(TEXT_ENCODER.search, linked))
+def _adds_nothing(workflow: Workflow, text: Text, others: Sequence[Text]) -> bool:
+    """Whether a text is empty. But a node of its own for a string waits for words, unless another one has them."""
+    if any(value_at(workflow, place) for place in text):
+        return False
+    if any(linked_inputs(workflow, place.node_id) for place in text):
+        return True
+    places = [place for other in others for place in other if value_at(workflow, place)]
+    return not all(linked_inputs(workflow, place.node_id) for place in places)
 
 
 def _no_text_message(
     workflow: Workflow, trace: TextTrace, own: Sequence[Place], found: Sequence[Place], node_id: str | None
 ) -> str:
     """`own`: the places to choose from; `found`: also those of the other role; `node_id`: the node that was named."""
-    option = {"positive": "--prompt", "negative": "--negative"}[trace.role]
+    role, option = trace.role, TEXT_OPTIONS[trace.role]
     if own:
         hint = f"name a node as in {option} {one_line(own[0].node_id, 40)}=TEXT, or use --set {own[0]}=TEXT"
-        return f"the {trace.role} text could go into several places: {places_shown(workflow, own)}; {hint}"
+        return f"the {role} text could go into several places: {places_shown(workflow, own)}; {hint}"
     if found:
         hint = f"give each a node of its own, or change both with --set {found[0]}=TEXT"
-        return f"the {trace.role} text is also the {OPPOSITE[trace.role]} one: {places_shown(workflow, found)}; {hint}"
-    texts = places_shown(workflow, words_in(workflow))
-    hint = f"; texts that --set can change: {texts}" if texts else "; the workflow holds no text"
-    if trace.computed:
-        return f"the {trace.role} text is made up by {labels(workflow, trace.computed)}{hint}"
-    if node_id is not None:
-        return f"{option}: {label(workflow, node_id)} gets no {trace.role} text{hint}"
-    return f"no text encoder feeds a {trace.role} input{hint}"
-
-
-def words_in(workflow: Workflow) -> list[Place]:
-    """Every string that by its input's name may be words."""
-    return [
+        return f"the {role} text is also the {OPPOSITE[role]} one: {places_shown(workflow, found)}; {hint}"
+    words = [
         Place(node_id, name)
         for node_id in in_order(workflow)
         for name, value in workflow[node_id]["inputs"].items()
         if isinstance(value, str) and (WORDS.fullmatch(name) or name in ("value", "string"))
     ]
+    hint = f"texts that --set can change: {places_shown(workflow, words)}" if words else "the workflow holds no text"
+    if trace.computed:
+        return f"the {role} text is made up by {labels(workflow, trace.computed)}; {hint}"
+    if node_id is not None:
+        return f"{option}: {label(workflow, node_id)} gets no {role} text; {hint}"
+    return f"no text encoder feeds a {role} input; {hint}"
 
 
 # --- seeds, and any input by name ------------------------------------------------------------------------------------
@@ -697,19 +682,19 @@ def seed_places(workflow: Workflow) -> list[Place]:
     """
     places: list[Place] = []
     carriers: dict[str, Place] = {}  # nodes that a linked seed comes through, and the place at the end
-    for node_id in in_order(workflow):
-        for name in SEED_INPUTS:
-            value = workflow[node_id]["inputs"].get(name)
-            if isinstance(value, int | float | str) and not isinstance(value, bool):  # str: "{{seed}}" of a template
-                places.append(Place(node_id, name))
-            elif (holder := _number_behind(workflow, value)) is not None:
-                carriers |= dict.fromkeys(holder[1], holder[0])
-                places.append(holder[0])
+    for node_id, name in _seed_inputs(workflow):
+        value = workflow[node_id]["inputs"][name]
+        if isinstance(value, int | float | str) and not isinstance(value, bool):  # str: "{{seed}}" of a template
+            places.append(Place(node_id, name))
+        elif (holder := _number_behind(workflow, value)) is not None:
+            place, way = holder
+            carriers |= dict.fromkeys(way, place)
+            places.append(place)
     shared = {
         carriers[source]
-        for node_id in workflow
+        for node_id in workflow.keys() - carriers.keys()
         for name, source in links_of(workflow, node_id).items()
-        if source in carriers and node_id not in carriers and "seed" not in name.lower()
+        if source in carriers and "seed" not in name.lower()
     }
     return by_place(place for place in places if place.input_name in SEED_INPUTS or place not in shared)
 
@@ -717,21 +702,25 @@ def seed_places(workflow: Workflow) -> list[Place]:
 def seeds_left(workflow: Workflow, changes: Iterable[Change]) -> list[Place]:
     """The seeds that are linked to something which the changes do not reach."""
     changed = {change.place for change in changes}
-    linked = [
-        Place(node_id, name)
-        for node_id in in_order(workflow)
-        for name in links_of(workflow, node_id)
-        if name in SEED_INPUTS
+    linked = {place: value_at(workflow, place) for place in _seed_inputs(workflow)}
+    return [
+        place
+        for place, value in linked.items()
+        if source_of(workflow, value) is not None
+        and ((holder := _number_behind(workflow, value)) is None or holder[0] not in changed)
     ]
-    found = [(place, _number_behind(workflow, value_at(workflow, place))) for place in linked]
-    return [place for place, holder in found if holder is None or holder[0] not in changed]
+
+
+def _seed_inputs(workflow: Workflow) -> list[Place]:
+    names = itertools.product(in_order(workflow), SEED_INPUTS)
+    return [Place(node_id, name) for node_id, name in names if name in workflow[node_id]["inputs"]]
 
 
 def _number_behind(workflow: Workflow, value: object) -> tuple[Place, list[str]] | None:
     """The one number that a link comes from, and the nodes on the way: through primitives and sums with one link."""
-    way: dict[str, None] = {}
+    way: list[str] = []
     while (node_id := source_of(workflow, value)) is not None and node_id not in way and len(way) < MAX_DEPTH:
-        way[node_id] = None
+        way.append(node_id)
         inputs, links = workflow[node_id]["inputs"], links_of(workflow, node_id)
         names = [name for name in SEED_INPUTS if name in inputs] or list(links)
         names = names or [name for name, number in inputs.items() if is_whole_number(number)]
@@ -739,7 +728,7 @@ def _number_behind(workflow: Workflow, value: object) -> tuple[Place, list[str]]
             return None
         value = inputs[names[0]]
         if is_whole_number(value) or (names[0] in SEED_INPUTS and not is_linked(value)):
-            return Place(node_id, names[0]), list(way)
+            return Place(node_id, names[0]), way
     return None
 
 
@@ -765,7 +754,8 @@ def plan_set(workflow: Workflow, assignment: str) -> Change:
         raise InputError(f"--set {one_line(assignment, 60)} has not the form NODE.INPUT=VALUE")
     # Both can have dots: the longest node id that there is.
     dot = next((dot for dot in reversed(dots) if target[:dot] in workflow), dots[0])
-    node_id, name = target[:dot], target[dot + 1 :]
+    place = Place(target[:dot], target[dot + 1 :])
+    node_id, name = place
     if node_id not in workflow:
         raise InputError(f"--set: there is no node {one_line(node_id, 40)}{nearest(node_id, in_order(workflow))}")
     inputs = workflow[node_id]["inputs"]
@@ -774,17 +764,17 @@ def plan_set(workflow: Workflow, assignment: str) -> Change:
     if is_linked(inputs[name]):
         source = source_of(workflow, inputs[name])
         origin = label(workflow, source) if source is not None else "a node that is not there"
-        raise InputError(f"--set: {Place(node_id, name)} comes by link from {origin}; set an input of that one")
+        raise InputError(f"--set: {place} comes by link from {origin}; set an input of that one")
     value = parse_value(text)
     if is_linked(value):
-        raise InputError(f"--set {Place(node_id, name)}: ComfyUI would take a list for a link")
+        raise InputError(f"--set {place}: ComfyUI would take a list for a link")
     if isinstance(inputs[name], str) and not isinstance(value, str):
         value = text
     if isinstance(inputs[name], bool) and not isinstance(value, bool):  # ComfyUI takes any other text for true
         if text.lower() not in ("true", "false"):
-            raise InputError(f"--set {Place(node_id, name)} takes true or false")
+            raise InputError(f"--set {place} takes true or false")
         value = text.lower() == "true"
-    return Change(Place(node_id, name), value)
+    return Change(place, value)
 
 
 def parse_value(text: str) -> Any:
@@ -842,8 +832,8 @@ def read_picture(path: Path, max_side: int | None = None) -> Picture:
             image.load()
             return _prepared(image, content, max_side)
     except (*damage, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
-        reason = "it is empty" if not content else f"{network_reason(error)}"
-        reason = f": {reason}" if not content or not isinstance(error, UnidentifiedImageError) else ""
+        known = "" if isinstance(error, UnidentifiedImageError) else f": {reason_of(error)}"
+        reason = known if content else ": it is empty"
         hint = "; `pip install pillow-heif` reads it" if path.suffix.lower() in (".heic", ".heif") else ""
         raise InputError(f"{path} is not an image that can be read{reason}{hint}") from error
 
@@ -852,21 +842,19 @@ def _prepared(image: Image.Image, content: bytes, max_side: int | None) -> Pictu
     from PIL import ImageOps
 
     kind, done, changed = str(image.format), [], image
-    moves = kind in ("GIF", "WEBP", "PNG") or (kind == "TIFF" and image.mode in EIGHT_BIT)
-    if getattr(image, "n_frames", 1) > 1 and moves:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and (kind in ("GIF", "WEBP", "PNG") or (kind == "TIFF" and image.mode in EIGHT_BIT)):
         shrunk = max_side is not None and max(image.size) > max_side
         return Picture(content, "it moves, so it is sent as it is" if shrunk else "")
     if kind not in AS_THEY_ARE:
         done.append(f"from {kind}")
-    if getattr(image, "n_frames", 1) > 1 and kind != "MPO":  # whose second picture is a preview, or the other eye's
-        done.append(f"the first of {image.n_frames} pictures")  # type: ignore[attr-defined]
+    if frames > 1 and kind != "MPO":  # whose second picture is a preview, or the other eye's
+        done.append(f"the first of {frames} pictures")
     if image.getexif().get(ORIENTATION) in range(2, 9):
         changed = ImageOps.exif_transpose(changed)
         done.append("upright")
     if changed.mode not in EIGHT_BIT:
-        done.append(
-            f"8 bits instead of {changed.mode}" if changed.mode[0] in "IF" else f"RGB instead of {changed.mode}"
-        )
+        done.append(f"{'8 bits' if changed.mode[0] in 'IF' else 'RGB'} instead of {changed.mode}")
         changed = _eight_bit(changed)
     if max_side is not None and max(changed.size) > max_side:
         before = changed.size
@@ -876,18 +864,14 @@ def _prepared(image: Image.Image, content: bytes, max_side: int | None) -> Pictu
     if not done:
         return Picture(content)
     stream = io.BytesIO()
+    # Without the colour profile where it belonged to colours that the picture has no more.
+    profile = image.info.get("icc_profile") if changed.getbands()[:3] == image.getbands()[:3] else None
     as_jpeg = kind in LOSSY and changed.mode in ("L", "RGB")
-    options = {"quality": 95, "subsampling": 0} if as_jpeg else {"compress_level": 4}
-    changed.save(stream, "JPEG" if as_jpeg else "PNG", icc_profile=_icc_profile(image, changed), **options)
+    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if as_jpeg else {"compress_level": 4}
+    options["icc_profile"] = profile if isinstance(profile, bytes) else None
+    changed.save(stream, "JPEG" if as_jpeg else "PNG", **options)
     remark = f"{', '.join(done)}; {len(content) / 1e6:.2f} -> {stream.tell() / 1e6:.2f} MB"
     return Picture(stream.getvalue(), remark, ".jpg" if as_jpeg else ".png")
-
-
-def _icc_profile(image: Image.Image, changed: Image.Image) -> bytes | None:
-    """The picture's colour profile, unless it belonged to colours that the changed one has no more."""
-    profile = image.info.get("icc_profile")
-    same = changed.getbands()[:3] == image.getbands()[:3]
-    return profile if same and isinstance(profile, bytes) else None
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -918,6 +902,10 @@ class Job:
         return {**self.images, **self.files}
 
 
+MIN_EXECUTION_TIMEOUT_MS = 5_000  # RunPod takes 5 s to 7 days
+RUN_LIMIT_BYTES, RUNSYNC_LIMIT_BYTES = 10_000_000, 20_000_000  # of a request's body (docs.runpod.io: 10 and 20 MB)
+
+
 def request_body(job: Job) -> bytes:
     """The body of /run and /runsync. Raises InputError for what JSON cannot hold."""
 
@@ -929,8 +917,13 @@ def request_body(job: Job) -> bytes:
     request: dict[str, Any] = {"workflow": job.workflow, "images": encoded(job.images), "files": encoded(job.files)}
     request = {key: value for key, value in request.items() if value} | job.wishes
     timeout_ms = max(MIN_EXECUTION_TIMEOUT_MS, round(job.timeout_s * 1000))
+    return workflow_json({"input": request, "policy": {"executionTimeout": timeout_ms}})
+
+
+def workflow_json(request: Mapping[str, Any]) -> bytes:
+    """Raises InputError."""
     try:
-        return json.dumps({"input": request, "policy": {"executionTimeout": timeout_ms}}, allow_nan=False).encode()
+        return json.dumps(request, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise InputError(f"the workflow cannot be sent as JSON: {one_line(error, 120)}") from error
 
@@ -952,13 +945,21 @@ def size_warning(job: Job, size_bytes: int, sync: bool) -> str | None:
 # Servers: a RunPod endpoint, or ComfyUI itself; a job is handed over, followed, cancelled
 # ---------------------------------------------------------------------------------------------------------------------
 
-FINAL_STATES = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
-TIMEOUT_REASON = re.compile(r"executionTimeout exceeded|\[JOB_TIMEOUT\]")  # by RunPod and by the worker, both FAILED
+CONNECT_TIMEOUT_S = 10
+READ_TIMEOUT_S = 60
+CANCEL_TIMEOUT_S = 10
+SILENCE_LIMIT_S = 120  # without one usable answer for this long, following a job is given up
+SLEEP_GAP_S = 30  # a pause that took this much longer than asked: the computer was asleep
+FIRST_POLL_S, LAST_POLL_S = 0.1, 5.0
+POLL_GROWTH = 1.5
+MAX_RETRY_AFTER_S = 60.0
+RUNSYNC_WAIT_MS = 1_000  # the least that RunPod takes: the job's id has to be known early, to follow and to cancel it
 
+FINAL_STATES = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
+JOB_ID = re.compile(r"[\w.-]{1,200}")
 HANDOVER_FAILED = "the job could not be handed over; it may have been taken all the same, and then runs to its end"
 
 Status = dict[str, Any]  # as GET /status answers: `status`, `output`, `error`, `delayTime`, `executionTime`
-STATUS_FACTS = ("delayTime", "executionTime", "workerId")
 
 
 class Server:
@@ -989,16 +990,6 @@ class Server:
         self.sleep = sleep
         self.is_handing_over = False  # a request is under way with which a job begins
 
-    def now(self) -> float:
-        """Seconds by `clock`, without those that the computer slept: they are nobody's delay."""
-        return self._clock() - self._slept_s
-
-    def _note_sleep(self, began: float, longest_s: float) -> None:
-        """A step that took much longer than it can."""
-        late_s = self.now() - began - longest_s
-        if late_s > SLEEP_GAP_S:
-            self._slept_s += late_s
-
     def submit(self, job: Job, deadline: float) -> str:
         """Starts the job and returns its id."""
         raise NotImplementedError
@@ -1028,11 +1019,9 @@ class Server:
         Raises JobTimedOut at the deadline, and PlatformError once nothing usable was heard for SILENCE_LIMIT_S. Time
         that the computer sleeps does not count.
         """
-        delay_s = FIRST_POLL_S
-        heard_at = self.now()
-        state = None
+        delay_s, heard_at, state = FIRST_POLL_S, self.now(), None
         while True:
-            pause_s = 0.0
+            retry_after_s = 0.0
             try:
                 status = self.status(job_id)
             except Unreachable as error:
@@ -1040,7 +1029,7 @@ class Server:
                     heard_at = self.now()
                 elif self.now() - heard_at > SILENCE_LIMIT_S:
                     raise PlatformError(f"job {job_id} is out of sight and may still run: {error}") from error
-                pause_s = error.retry_after_s
+                retry_after_s = error.retry_after_s
             else:
                 heard_at = self.now()
                 if status["status"] in FINAL_STATES:
@@ -1048,17 +1037,27 @@ class Server:
                 on_status(status)
                 if status["status"] != state:
                     state, delay_s = status["status"], FIRST_POLL_S
-            self._wait(max(delay_s, pause_s), deadline)
-            delay_s = min(delay_s * POLL_GROWTH, self.last_poll_s)
+            delay_s = self._wait(delay_s, retry_after_s, deadline)
 
-    def _wait(self, pause_s: float, deadline: float) -> None:
-        """Pauses, at most to the deadline."""
+    def now(self) -> float:
+        """Seconds by `clock`, without those that the computer slept: they are nobody's delay."""
+        return self._clock() - self._slept_s
+
+    def _note_sleep(self, began: float, longest_s: float) -> None:
+        """A step that took much longer than it can."""
+        late_s = self.now() - began - longest_s
+        if late_s > SLEEP_GAP_S:
+            self._slept_s += late_s
+
+    def _wait(self, delay_s: float, retry_after_s: float, deadline: float) -> float:
+        """Pauses, at most to the deadline; returns the next delay."""
         began = self.now()
         if deadline <= began:
             raise JobTimedOut("the job was not done within --timeout")
-        pause_s = min(pause_s, deadline - began)
+        pause_s = min(max(delay_s, retry_after_s), deadline - began)
         self.sleep(pause_s)
         self._note_sleep(began, pause_s)
+        return min(delay_s * POLL_GROWTH, self.last_poll_s)
 
     def call(
         self,
@@ -1068,8 +1067,10 @@ class Server:
         body: bytes | None = None,
         files: Mapping[str, Any] | None = None,
         read_timeout_s: float = READ_TIMEOUT_S,
+        missing: str = "",
     ) -> dict[str, Any]:
-        """One request; the JSON object that was answered. Redirects are not followed: neither API has any."""
+        """One request; the JSON object that was answered. `missing`: what HTTP 404 means. Redirects are not followed:
+        neither API has any."""
         import requests
 
         request, began = f"{method} {self._base}{path}", self.now()
@@ -1085,48 +1086,40 @@ class Server:
                 allow_redirects=False,
             )
         except requests.RequestException as error:
-            raise Unreachable(f"{request}: {network_reason(error)}") from error
+            raise Unreachable(f"{request}: {reason_of(error)}") from error
         finally:
             self._note_sleep(began, CONNECT_TIMEOUT_S + read_timeout_s)
-        return read_answer(response, request)
+        return read_answer(response, request, missing)
 
 
-def read_answer(response: requests.Response, request: str) -> dict[str, Any]:
+def read_answer(response: requests.Response, request: str, missing: str = "") -> dict[str, Any]:
     code = response.status_code
     text = response.content[:100_000].decode(errors="replace") if code >= 300 else ""
     if code in (401, 403):
         raise Refused(f"{request}: HTTP {code}, the API key was refused")
     if code == 404:
-        raise NotFound(f"{request}: HTTP 404", text)
+        raise NotFound(missing or f"{request}: HTTP 404", text)
     if code == 429 or code >= 500:
-        pause_s = _retry_after_s(response.headers.get("Retry-After", ""))
+        header = response.headers.get("Retry-After", "").strip()
+        # 0 for its rarer form, a date, which needs both clocks to agree.
+        pause_s = min(float(header), MAX_RETRY_AFTER_S) if re.fullmatch(r"[0-9]{1,9}", header) else 0.0
         raise Unreachable(f"{request}: HTTP {code}", busy=code == 429, retry_after_s=pause_s)
     if code >= 300:
         raise Refused(f"{request}: HTTP {code}, {one_line(text, 300) or 'no reason given'}", text)
-    if not response.content:
-        return {}
     try:
-        answer = json.loads(response.content)
-    except (ValueError, RecursionError) as error:
+        answer = parse_json(response.content or b"{}")
+    except ValueError as error:
         raise Unreachable(f"{request}: HTTP {code} with something that is not JSON") from error
     if not isinstance(answer, dict):
         raise Unreachable(f"{request}: HTTP {code} with JSON that is not an object")
     return answer
 
 
-def _retry_after_s(header: str) -> float:
-    """Retry-After in seconds, at most a minute; 0 for its rarer form, a date, which needs both clocks to agree."""
-    return min(float(header), MAX_RETRY_AFTER_S) if re.fullmatch(r"[0-9]{1,9}", header.strip()) else 0.0
-
-
-def network_reason(error: BaseException) -> str:
-    """The first cause in a chain of exceptions: "Connection refused" instead of requests' five layers around it."""
-    while isinstance(earlier := error.__cause__ or error.__context__, Exception) and not isinstance(
-        earlier, ClientError
-    ):
-        error = earlier
-    strerror = error.strerror if isinstance(error, OSError) else None
-    return one_line(strerror or error, 200) or type(error).__name__
+def job_id_of(answer: Mapping[str, Any], key: str) -> str:
+    job_id = answer.get(key)
+    if not isinstance(job_id, str) or not JOB_ID.fullmatch(job_id):
+        raise PlatformError("the server took the job and named no id for it that could be asked for")
+    return job_id
 
 
 class Endpoint(Server):
@@ -1151,46 +1144,29 @@ class Endpoint(Server):
         body, delay_s = request_body(job), FIRST_POLL_S
         if warning := size_warning(job, len(body), self._sync):
             self._warn(warning)
+        path = f"/runsync?wait={RUNSYNC_WAIT_MS}" if self._sync else "/run"
+        missing = f"there is no endpoint at {self._base}"
         while True:
             self.is_handing_over = True
             try:
-                answer = self.call("POST", f"/runsync?wait={RUNSYNC_WAIT_MS}" if self._sync else "/run", body=body)
-                break
-            except NotFound as error:
-                raise PlatformError(f"there is no endpoint at {self._base}") from error
+                return job_id_of(self.call("POST", path, body=body, missing=missing), "id")
             except Unreachable as error:
                 if not error.busy:
                     raise PlatformError(f"{HANDOVER_FAILED}: {error}") from error
                 self.is_handing_over = False
-                self._wait(max(delay_s, error.retry_after_s), deadline)
-                delay_s = min(delay_s * POLL_GROWTH, LAST_POLL_S)
-        return job_id_of(answer, "id")
+                delay_s = self._wait(delay_s, error.retry_after_s, deadline)
 
     def _cancel(self, job_id: str) -> str:
-        try:
-            answer = self.call("POST", f"/cancel/{job_id}", read_timeout_s=CANCEL_TIMEOUT_S)
-        except NotFound as error:
-            raise PlatformError(f"RunPod does not know job {job_id}") from error
+        missing = f"RunPod does not know job {job_id}"
+        answer = self.call("POST", f"/cancel/{job_id}", read_timeout_s=CANCEL_TIMEOUT_S, missing=missing)
         return str(answer.get("status", "CANCELLED"))
 
     def status(self, job_id: str) -> Status:
-        try:
-            status = self.call("GET", f"/status/{job_id}")
-        except NotFound as error:
-            raise PlatformError(f"RunPod no longer knows job {job_id}: its time to live is over") from error
+        missing = f"RunPod no longer knows job {job_id}: its time to live is over"
+        status = self.call("GET", f"/status/{job_id}", missing=missing)
         if not isinstance(status.get("status"), str):
             raise Unreachable("an answer without a status")
         return status
-
-
-JOB_ID = re.compile(r"[\w.-]{1,200}")
-
-
-def job_id_of(answer: Mapping[str, Any], key: str) -> str:
-    job_id = answer.get(key)
-    if not isinstance(job_id, str) or not JOB_ID.fullmatch(job_id):
-        raise PlatformError("the server took the job and named no id for it that could be asked for")
-    return job_id
 
 
 class ComfyUI(Server):
@@ -1211,14 +1187,10 @@ class ComfyUI(Server):
 
     def submit(self, job: Job, deadline: float) -> str:
         names = {name: self._upload(name, data) for name, data in job.sent().items()}
-        moved = [
-            Change(slot.place, names[name])
-            for slot in all_slots(job.workflow)
-            if (name := value_at(job.workflow, slot.place)) in names
-        ]
+        places = [slot.place for slot in all_slots(job.workflow)]
+        moved = [Change(place, names[name]) for place in places if (name := value_at(job.workflow, place)) in names]
         self._is_ours = True
-        workflow = apply_changes(job.workflow, moved)
-        return self._queue(self._with_nonce(workflow, unlinked(workflow)))
+        return self._queue(apply_changes(job.workflow, moved))
 
     def _upload(self, name: str, data: bytes | str) -> str:
         """Stores a file in ComfyUI's input folder; returns the name that it has there. Nothing is overwritten."""
@@ -1231,15 +1203,21 @@ class ComfyUI(Server):
         stored = answer.get("name")
         return "/".join(filter(None, [answer.get("subfolder"), stored])) if isinstance(stored, str) else name
 
-    def _queue(self, workflow: Workflow) -> str:
-        try:
-            # Without a client_id a prompt that comes from the cache has no outputs in its history (0.18.1).
-            body = json.dumps({"prompt": workflow, "client_id": f"{random.getrandbits(128):032x}"}, allow_nan=False)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"the workflow cannot be sent as JSON: {one_line(error, 120)}") from error
+    def _queue(self, workflow: Workflow, more: Collection[str] = (), refused: Collection[str] = ()) -> str:
+        """Queues it with one input that no other job has, in the nodes that nothing links from, and `more`, without
+        those that `refused` it; returns the job's id.
+
+        Else ComfyUI answers a workflow that it has run before with the names of files that may be gone, or another's
+        by now. A node that is no output node never runs, so the input does not matter there.
+        """
+        nonce = f"{random.getrandbits(32):08x}"  # the same on all: equal nodes stay one execution
+        fresh = (workflow.keys() - linked_from(workflow)).union(more).difference(refused) & workflow.keys()
+        workflow = apply_changes(workflow, [Change(Place(node_id, self.NONCE_INPUT), nonce) for node_id in fresh])
+        # Without a client_id a prompt that comes from the cache has no outputs in its history (0.18.1).
+        body = workflow_json({"prompt": workflow, "client_id": f"{random.getrandbits(128):032x}"})
         self.is_handing_over = True
         try:
-            answer = self.call("POST", "/prompt", body=body.encode())
+            answer = self.call("POST", "/prompt", body=body)
         except Refused as error:
             raise JobFailed(f"[PROMPT_REJECTED] {refusal(error.text)}") from error
         except Unreachable as error:
@@ -1264,30 +1242,15 @@ class ComfyUI(Server):
                 return {**status, "id": current}
             more |= stale | sources
             refused |= refusing
-            fresh = (unlinked(workflow) | more) - refused
-            current = self._renamed[job_id] = self._queue(self._with_nonce(workflow, fresh))
+            current = self._renamed[job_id] = self._queue(workflow, more, refused)
 
     def _workflow_of(self, job_id: str) -> Workflow:
         """What was queued, without the nonce."""
         record = self.call("GET", f"/history/{job_id}").get(job_id)
         workflow = parse_workflow(record["prompt"][2] if isinstance(record, dict) else None)
-        return {
-            node_id: {
-                **node,
-                "inputs": {name: part for name, part in node["inputs"].items() if name != self.NONCE_INPUT},
-            }
-            for node_id, node in workflow.items()
-        }
-
-    def _with_nonce(self, workflow: Workflow, node_ids: Collection[str]) -> Workflow:
-        """A copy in which these nodes have one input that no other job has.
-
-        Else ComfyUI answers a workflow that it has run before with the names of files that may be gone, or another's
-        by now. A node that is no output node never runs, so the input does not matter there.
-        """
-        nonce = f"{random.getrandbits(32):08x}"  # the same on all: equal nodes stay one execution
-        fresh = [node_id for node_id in node_ids if node_id in workflow]
-        return apply_changes(workflow, [Change(Place(node_id, self.NONCE_INPUT), nonce) for node_id in fresh])
+        for node in workflow.values():
+            node["inputs"].pop(self.NONCE_INPUT, None)
+        return workflow
 
     def _cancel(self, job_id: str) -> str:
         """From the queue first, then interrupted until it has let go: ComfyUI can lose an interrupt, and takes one for
@@ -1313,88 +1276,108 @@ class ComfyUI(Server):
     def status(self, job_id: str) -> Status:
         if self._has_jobs:
             try:
-                return self._described(self.call("GET", f"/api/jobs/{job_id}"), job_id)
+                job = self.call("GET", f"/api/jobs/{job_id}")
             except NotFound as error:
                 self._has_jobs = "Job not found" in error.text  # else: the route is not there
             except Unreachable:
                 pass  # it fails for outputs that its summary does not understand, which the history has all the same
+            else:
+                state = {"pending": "IN_QUEUE", "in_progress": "IN_PROGRESS"}.get(str(job.get("status")))
+                return (
+                    {"status": state} if state else self._final(job_id, job.get("execution_status"), job.get("outputs"))
+                )
         # In this order: a prompt enters the history in the step in which it leaves the queue.
         queue = self.call("GET", "/queue")
         for key, state in (("queue_running", "IN_PROGRESS"), ("queue_pending", "IN_QUEUE")):
-            if any(isinstance(item, list) and job_id in item[1:2] for item in queue.get(key) or []):
+            if any(isinstance(item, list) and job_id in item[1:2] for item in list_in(queue, key)):
                 return {"status": state}
         record = self.call("GET", f"/history/{job_id}").get(job_id)
         if not isinstance(record, dict):
             raise NotFound(f"ComfyUI does not know job {job_id} (any more): was it restarted, or its queue cleared?")
-        return self._final(record.get("status"), record.get("outputs"), job_id)
+        return self._final(job_id, record.get("status"), record.get("outputs"))
 
-    def _described(self, job: Mapping[str, Any], job_id: str) -> Status:
-        state = {"pending": "IN_QUEUE", "in_progress": "IN_PROGRESS"}.get(str(job.get("status")))
-        return {"status": state} if state else self._final(job.get("execution_status"), job.get("outputs"), job_id)
-
-    def _final(self, status: object, outputs: object, job_id: str) -> Status:
+    def _final(self, job_id: str, status: object, outputs: object) -> Status:
         """A finished prompt as RunPod and the worker would tell it."""
-        entries = status.get("messages") if isinstance(status, dict) else None
-        events = {entry[0]: entry[1] for entry in entries or [] if isinstance(entry, list) and len(entry) == 2}
-        stamps = [event.get("timestamp") for event in events.values() if isinstance(event, dict)]
+        entries = list_in(dict_or_empty(status), "messages")
+        events = {entry[0]: entry[1] for entry in entries if isinstance(entry, list) and len(entry) == 2}
+        stamps = [dict_or_empty(event).get("timestamp") for event in events.values()]
         times = [stamp for stamp in stamps if is_number(stamp)]
         told: Status = {"executionTime": max(times) - min(times)} if times else {}
-        debug = {"prompt_id": job_id, "comfyui": self._base}
+        debug = {"debug": {"prompt_id": job_id, "comfyui": self._base}}
         if isinstance(error := events.get("execution_error"), dict):
             where = f"node {error.get('node_id')} ({error.get('node_type')})"
             reason = f"[EXECUTION_FAILED] {where}: {error.get('exception_type')}: {error.get('exception_message')}"
-            told |= {"status": "FAILED", "error": one_line(reason), "node_id": error.get("node_id")}
-            return {**told, "output": {"debug": debug}}
+            failure = {"status": "FAILED", "error": one_line(reason), "node_id": error.get("node_id")}
+            return {**told, **failure, "output": debug}
         if "execution_interrupted" in events:
-            return {**told, "status": "CANCELLED", "output": {"debug": debug}}
-        result = comfyui_result(self._base, outputs if isinstance(outputs, dict) else {})
+            return {**told, "status": "CANCELLED", "output": debug}
+        result = comfyui_result(self._base, dict_or_empty(outputs))
         if not any(result.values()):
-            reason = (
-                "[NO_OUTPUT] the workflow ran and gave nothing; does it end in a SaveImage node or another output node?"
-            )
-            return {**told, "status": "FAILED", "error": reason, "output": {"debug": debug}}
-        cached = events.get("execution_cached")
-        cached_nodes = cached.get("nodes") if isinstance(cached, dict) else None
+            hint = "does it end in a SaveImage node or another output node?"
+            reason = f"[NO_OUTPUT] the workflow ran and gave nothing; {hint}"
+            return {**told, "status": "FAILED", "error": reason, "output": debug}
         made_by = {item["node_id"] for kind in FILE_LISTS for item in result[kind]}
-        told |= {"status": "COMPLETED", "stale": sorted(made_by & set(cached_nodes or ()))}
-        return {**told, "output": {**result, "warnings": self._warnings, "debug": debug}}
-
-
-def unlinked(workflow: Workflow) -> set[str]:
-    """The nodes that nothing links from."""
-    return workflow.keys() - {source for node_id in workflow for source in links_of(workflow, node_id).values()}
+        stale = made_by.intersection(dict_or_empty(events.get("execution_cached")).get("nodes") or ())
+        output = {**result, "warnings": self._warnings, **debug}
+        return {**told, "status": "COMPLETED", "stale": sorted(stale), "output": output}
 
 
 def refusal(text: str) -> str:
     """What POST /prompt answered to a workflow that it does not take, in sentences."""
-    try:
-        answer = json.loads(text)
-    except (ValueError, RecursionError):
-        answer = None
-    error = answer.get("error") if isinstance(answer, dict) else None
-    if not isinstance(error, dict):
-        return f"ComfyUI refused the workflow: {one_line(text, 300) or 'no reason given'}"
-    whole = ": ".join(one_line(part, 300) for part in (error.get("message"), error.get("details")) if part)
-    return f"ComfyUI refused the workflow: {' '.join(node_sentences(answer.get('node_errors'))) or whole}"
+    answer: dict[str, Any] = {}
+    with suppress(ValueError):
+        answer = dict_or_empty(parse_json(text))
+    error = dict_or_empty(answer.get("error"))
+    whole = ": ".join(one_line(error[key], 300) for key in ("message", "details") if error.get(key))
+    reason = " ".join(node_sentences(answer.get("node_errors"))) or whole or one_line(text, 300) or "no reason given"
+    return f"ComfyUI refused the workflow: {reason}"
 
 
-def node_sentences(node_errors: object, limit: int = 20) -> list[str]:
+def node_sentences(node_errors: object) -> list[str]:
     """A sentence for each fault of each node, of a refusal or of a workflow of which only a part is taken."""
-    nodes = node_errors.items() if isinstance(node_errors, dict) else ()
-    faults = [
-        (node_id, node, error)
-        for node_id, node in nodes
-        if isinstance(node, dict)
-        for error in node.get("errors") or []
+    sentences = [
+        f"Node {node_id} ({node.get('class_type')}): {error.get('message')}: {error.get('details')}."
+        for node_id, node in dict_or_empty(node_errors).items()
+        for error in list_in(dict_or_empty(node), "errors")
         if isinstance(error, dict)
     ]
-    return [
-        one_line(f"Node {node_id} ({node.get('class_type')}): {error.get('message')}: {error.get('details')}.", 300)
-        for node_id, node, error in faults[:limit]
-    ]
+    return [one_line(sentence, 300) for sentence in sentences[:20]]
 
 
+FILE_LISTS = ("images", "videos", "audio", "files")
 FILE_KEYS = {"filename": "", "subfolder": "", "type": "output"}
+
+
+def comfyui_result(base: str, outputs: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What the history names, as the worker's result: files as links to /view, texts. Previews only if nothing is
+    saved. Every key of a node's output can hold files (images, gifs, audio, 3d ...)."""
+    import mimetypes
+
+    entries = [
+        (node_id, entry)
+        for node_id, output in outputs.items()
+        for key in dict_or_empty(output)
+        for entry in list_in(output, key)
+    ]
+    files: dict[str, tuple[str, str, str]] = {}  # by the query of their link; an output can name one twice
+    for node_id, entry in entries:
+        if isinstance(entry, dict) and isinstance(name := entry.get("filename"), str) and name:
+            where = {key: entry.get(key) or usual for key, usual in FILE_KEYS.items()}
+            files.setdefault(urlencode(where), (node_id, name, where["type"]))
+    kept = "output" if any(place == "output" for _, _, place in files.values()) else "temp"
+    result: dict[str, list[Any]] = {kind: [] for kind in (*FILE_LISTS, "texts")}
+    for query, (node_id, name, place) in files.items():
+        if place == kept:
+            kind = str(mimetypes.guess_type(name)[0]).partition("/")[0]
+            item = {"filename": name, "type": "url", "data": f"{base}/view?{query}", "node_id": node_id}
+            result[{"image": "images", "video": "videos", "audio": "audio"}.get(kind, "files")].append(item)
+    result["texts"] = [
+        {"node_id": node_id, "text": text if isinstance(text, str) else json.dumps(text)}
+        for node_id, output in outputs.items()
+        for key in ("text", "tags", "string")
+        for text in leaves(dict_or_empty(output).get(key))
+    ]
+    return result
 
 
 def leaves(value: object) -> list[str | int | float]:
@@ -1409,41 +1392,9 @@ def leaves(value: object) -> list[str | int | float]:
     return found
 
 
-def comfyui_result(base: str, outputs: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """What the history names, as the worker's result: files as links to /view, texts. Previews only if nothing is
-    saved. Every key of a node's output can hold files (images, gifs, audio, 3d ...)."""
-    import mimetypes
-
-    entries = [
-        (node_id, entry)
-        for node_id, output in outputs.items()
-        if isinstance(output, dict)
-        for listed in output.values()
-        if isinstance(listed, list)
-        for entry in listed
-    ]
-    named = {
-        urlencode({name: entry.get(name) or usual for name, usual in FILE_KEYS.items()}): (node_id, entry)
-        for node_id, entry in reversed(entries)
-        if isinstance(entry, dict) and isinstance(entry.get("filename"), str) and entry["filename"]
-    }
-    saved = {query: found for query, found in named.items() if (found[1].get("type") or "output") == "output"}
-    chosen = saved or {query: found for query, found in named.items() if found[1].get("type") == "temp"}
-    result: dict[str, list[Any]] = {kind: [] for kind in (*FILE_LISTS, "texts")}
-    for query, (node_id, entry) in reversed(chosen.items()):
-        kind = str(mimetypes.guess_type(entry["filename"])[0]).partition("/")[0]
-        item = {"filename": entry["filename"], "type": "url", "data": f"{base}/view?{query}", "node_id": node_id}
-        result[{"image": "images", "video": "videos", "audio": "audio"}.get(kind, "files")].append(item)
-    result["texts"] = [
-        {"node_id": node_id, "text": text if isinstance(text, str) else json.dumps(text)}
-        for node_id, output in outputs.items()
-        for key in ("text", "tags", "string")
-        for text in leaves(output.get(key) if isinstance(output, dict) else None)
-    ]
-    return result
-
-
 # --- what a final state means, and what is shown before it -----------------------------------------------------------
+
+TIMEOUT_REASON = re.compile(r"executionTimeout exceeded|\[JOB_TIMEOUT\]")  # by RunPod and by the worker, both FAILED
 
 
 def outcome(status: Mapping[str, Any]) -> dict[str, Any]:
@@ -1457,21 +1408,22 @@ def outcome(status: Mapping[str, Any]) -> dict[str, Any]:
             return output
         status = {**status, "error": output["error"]}
     reason = failure_reason(status)
+    because = f": {reason}" if reason else ""
     if state == "TIMED_OUT" or TIMEOUT_REASON.search(reason):
-        raise JobTimedOut(f"the job ran out of time on RunPod{': ' + reason if reason else ''}")
-    raise JobFailed(f"the job {'was cancelled' if state == 'CANCELLED' else 'failed'}{': ' + reason if reason else ''}")
+        raise JobTimedOut(f"the job ran out of time on RunPod{because}")
+    raise JobFailed(f"the job {'was cancelled' if state == 'CANCELLED' else 'failed'}{because}")
 
 
 def failure_reason(status: Mapping[str, Any]) -> str:
     """`error` as one line. The SDK encodes a raised exception as JSON (runpod 1.12.0, serverless/modules/rp_job.py)."""
-    error, output = status.get("error"), status.get("output")
+    error = status.get("error")
     if isinstance(error, str) and error.lstrip().startswith("{"):
-        with suppress(ValueError, RecursionError):
-            error = json.loads(error)
+        with suppress(ValueError):
+            error = parse_json(error)
     if isinstance(error, dict):
         error = error.get("error_message") or error.get("message") or error
     reason = one_line(error) if error else ""
-    code = output.get("error_code") if isinstance(output, dict) else None
+    code = dict_or_empty(status.get("output")).get("error_code")
     return reason if not code or str(code) in reason else f"[{one_line(code, 40)}] {reason}".rstrip()
 
 
@@ -1498,6 +1450,15 @@ def describe_progress(status: Mapping[str, Any]) -> tuple[str, float | None]:
 def is_number(value: object) -> TypeGuard[float]:
     """Of a size that has a meaning here: the SDK sends NaN on, and JSON knows no limits."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
+
+
+def dict_or_empty(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def list_in(output: Mapping[str, Any], key: str) -> list[Any]:
+    found = output.get(key)
+    return found if isinstance(found, list) else []
 
 
 class ProgressDisplay:
@@ -1527,7 +1488,7 @@ class ProgressDisplay:
             self._bar.set_description_str(text, refresh=False)
             self._bar.n = percent if percent is not None else self._bar.n
             self._bar.refresh()
-        elif text != self._last and self._stream is not None:
+        elif text != self._last:
             write_line(self._stream, text)
         self._last = text
 
@@ -1536,9 +1497,9 @@ class ProgressDisplay:
 # Saving: every item of a result becomes a new file
 # ---------------------------------------------------------------------------------------------------------------------
 
-FILE_LISTS = ("images", "videos", "audio", "files")
 MAX_STEM_BYTES = 180  # with a number and a suffix still below the 255 bytes that file systems take
 RESERVED_NAME = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)", re.IGNORECASE)  # on Windows
+DOWNLOAD_LIMIT_S = 600
 
 
 def safe_basename(name: object, fallback: str) -> str:
@@ -1568,7 +1529,7 @@ def free_name(name: str, taken: Iterable[str]) -> str:
 def save_new(directory: Path, name: str, chunks: Iterable[bytes]) -> Path:
     """Writes a new file and returns its path; it appears whole, or not at all, and never replaces another.
 
-    Raises OSError, and whatever `chunks` raises.
+    Raises JobFailed where the file cannot be written, and whatever `chunks` raises.
     """
     partial = directory / f".partial-{random.SystemRandom().getrandbits(64):016x}"
     try:
@@ -1576,16 +1537,11 @@ def save_new(directory: Path, name: str, chunks: Iterable[bytes]) -> Path:
             for chunk in chunks:
                 file.write(chunk)
         return partial.replace(_reserve(directory, name))
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def stored(directory: Path, name: str, chunks: Iterable[bytes]) -> Path:
-    """`save_new`, with JobFailed where the file cannot be written."""
-    try:
-        return save_new(directory, name, chunks)
     except OSError as error:
-        raise JobFailed(f"{name} cannot be written into {directory}: {error.strerror or one_line(error)}") from error
+        raise JobFailed(f"{name} cannot be written into {directory}: {reason_of(error)}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _reserve(directory: Path, name: str) -> Path:
@@ -1593,32 +1549,55 @@ def _reserve(directory: Path, name: str) -> Path:
     candidates = numbered(name)
     while True:
         path = directory / next(candidates)
-        try:
+        with suppress(FileExistsError):
             path.open("xb").close()
-        except FileExistsError:
+            return path
+
+
+def save_result(output: Mapping[str, Any], directory: Path, on_saved: Callable[[Path], object]) -> list[ClientError]:
+    """Saves every item of a result and tells each path; returns what went wrong. A broken item stops no other."""
+    failures: list[ClientError] = []
+    lists = {kind: output.get(kind, []) for kind in FILE_LISTS}
+    for kind, items in lists.items():
+        if not isinstance(items, list):
+            failures.append(JobFailed(f"the result's {kind} are not a list"))
             continue
-        return path
+        for item in items:
+            name = safe_basename(dict_or_empty(item).get("filename"), fallback=kind.removesuffix("s"))
+            try:
+                on_saved(save_new(directory, name, item_chunks(item)))
+            except ClientError as error:
+                failures.append(type(error)(f"{name} is not saved: {error}"))
+    if not any(lists.values()) and not failures and not output.get("texts"):
+        failures.append(JobFailed("the job succeeded and made nothing to save"))
+    return failures
 
 
-def item_chunks(item: Mapping[str, Any]) -> Iterator[bytes]:
-    """The bytes of one item of a result: plain Base64, a data URI, or a URL. Raises JobFailed or PlatformError."""
-    data = item.get("data")
+def item_chunks(item: object) -> Iterator[bytes]:
+    """The bytes of one item of a result: plain Base64, a data URI, or a URL.
+
+    Raises PlatformError, and JobFailed, also at the end where nothing came, or not the size that was announced.
+    """
+    if not isinstance(item, dict):
+        raise JobFailed(f"it is no object but {type(item).__name__}")
+    data, announced, total = item.get("data"), item.get("size_bytes"), 0
     if not isinstance(data, str) or not data:
         raise JobFailed("it has no data")
-    if item.get("type") == "s3_url" or data.startswith(("https://", "http://")):
-        yield from _download(data)
-    else:
-        yield _decode(data)
+    is_url = item.get("type") == "s3_url" or data.startswith(("https://", "http://"))
+    for chunk in _download(data) if is_url else [_decode(data)]:
+        total += len(chunk)
+        yield chunk
+    if total == 0 or (is_number(announced) and total != announced):
+        raise JobFailed(f"it has {total} bytes{f' instead of {announced}' if is_number(announced) else ''}")
 
 
 def _decode(data: str) -> bytes:
     if data.startswith("data:"):
         data = data.partition(",")[2]
     try:
-        content = base64.b64decode("".join(data.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except ValueError as error:
         raise JobFailed(f"its data is not Base64: {one_line(error, 100)}") from error
-    return content
 
 
 def _download(url: str) -> Iterator[bytes]:
@@ -1638,47 +1617,7 @@ def _download(url: str) -> Iterator[bytes]:
                     raise PlatformError(f"its download took more than {DOWNLOAD_LIMIT_S} s")
                 yield chunk
     except (requests.RequestException, ValueError) as error:  # ValueError: a URL that cannot be taken apart
-        raise PlatformError(f"its download failed: {network_reason(error)}") from error
-
-
-def _checked(chunks: Iterable[bytes], size_bytes: object) -> Iterator[bytes]:
-    """Passes the chunks on. Raises JobFailed at the end where nothing came, or not the size that was announced."""
-    total = 0
-    for chunk in chunks:
-        total += len(chunk)
-        yield chunk
-    if total == 0 or (is_number(size_bytes) and total != size_bytes):
-        raise JobFailed(f"it has {total} bytes{f' instead of {size_bytes}' if is_number(size_bytes) else ''}")
-
-
-def save_result(output: Mapping[str, Any], directory: Path, on_saved: Callable[[Path], object]) -> list[ClientError]:
-    """Saves every item of a result and tells each path; returns what went wrong. A broken item stops no other."""
-    failures: list[ClientError] = []
-    count = 0
-    for kind in FILE_LISTS:
-        items = output.get(kind, [])
-        if not isinstance(items, list):
-            failures.append(JobFailed(f"the result's {kind} are not a list"))
-            continue
-        for item in items:
-            count += 1
-            try:
-                on_saved(_save_item(item, kind.removesuffix("s"), directory))
-            except ClientError as error:
-                failures.append(error)
-    if count == 0 and not failures and not output.get("texts"):
-        failures.append(JobFailed("the job succeeded and made nothing to save"))
-    return failures
-
-
-def _save_item(item: object, kind: str, directory: Path) -> Path:
-    if not isinstance(item, dict):
-        raise JobFailed(f"an item of the result is no object but {type(item).__name__}")
-    name = safe_basename(item.get("filename"), fallback=kind)
-    try:
-        return stored(directory, name, _checked(item_chunks(item), item.get("size_bytes")))
-    except ClientError as error:
-        raise type(error)(f"{name} is not saved: {error}") from error
+        raise PlatformError(f"its download failed: {reason_of(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1687,10 +1626,7 @@ def _save_item(item: object, kind: str, directory: Path) -> Path:
 
 Options = argparse.Namespace
 Connect = Callable[..., Server]
-
-
-class Interrupted(ClientError):
-    exit_code = ExitCode.INTERRUPTED
+STATUS_FACTS = ("delayTime", "executionTime", "workerId")
 
 
 @dataclass
@@ -1727,20 +1663,17 @@ def prepare(options: Options, console: Console) -> Job:
         raise InputError("--quality goes with --format webp or --format jpeg")
     document = read_document(options.workflow)
     workflow = parse_workflow(document)
-    recorded = document.get("sources") if isinstance(document, dict) else None
-    job = Job(workflow, timeout_s=options.timeout, recorded=recorded if isinstance(recorded, dict) else {})
+    job = Job(workflow, timeout_s=options.timeout, recorded=dict_or_empty(dict_or_empty(document).get("sources")))
     changes = plan_changes(workflow, options, read_given(workflow, options, job, console))
     for slot in unfilled(workflow, changes, job.sent()):
         read_recorded(str(value_at(workflow, slot.place)), job, console)
     missing = unfilled(workflow, changes, job.sent())
     if missing and not options.keep_images:
         raise InputError(unfilled_message(workflow, missing))
-    for (node_id, name), value in changes:
-        console.say(f"{label(workflow, node_id)}.{one_line(name, 60)} = {shown(value)}")
-    if not options.keep_seeds and (left := seeds_left(workflow, changes)):
-        console.warn(
-            f"a seed that does not change, because its number is not a seed's alone: {places_shown(workflow, left)}"
-        )
+    for change in changes:
+        console.say(change_shown(workflow, change, 100))
+    if not options.keep_seeds and (left := places_shown(workflow, seeds_left(workflow, changes))):
+        console.warn(f"a seed that does not change, because its number is not a seed's alone: {left}")
     job.workflow = apply_changes(workflow, changes)
     job.changes = {str(change.place): change.value for change in changes}
     job.seeds = {str(place): value_at(job.workflow, place) for place in seed_places(workflow)}
@@ -1753,13 +1686,13 @@ def plan_changes(workflow: Workflow, options: Options, given: Sequence[GivenFile
     """Everything that the options change in the workflow. Raises InputError where two of them change the same."""
     changes = [plan_set(workflow, assignment) for assignment in options.set]
     changes += plan_files(workflow, given, [change.place for change in changes])
-    for role, option, texts in (("positive", "--prompt", options.prompt), ("negative", "--negative", options.negative)):
-        named = [split_named(workflow, text) for text in texts]
+    for role, option in TEXT_OPTIONS.items():
+        named = [split_named(workflow, text) for text in getattr(options, option.removeprefix("--"))]
         if sum(node_id is None for node_id, _ in named) > 1:
             raise InputError(f"{option} is given more than once; name the nodes, as in {option} NODE=TEXT")
         changes += [change for node_id, text in named for change in plan_text(workflow, text, role, node_id)]
     taken = [change.place for change in changes]
-    if twice := [place for place in dict.fromkeys(taken) if taken.count(place) > 1]:
+    if twice := [place for place in taken if taken.count(place) > 1]:
         raise InputError(f"{twice[0]} would be set twice; leave one of the options out")
     if options.keep_seeds:
         return changes
@@ -1788,6 +1721,19 @@ def read_given(workflow: Workflow, options: Options, job: Job, console: Console)
     return given
 
 
+def read_recorded(name: str, job: Job, console: Console) -> None:
+    """Adds the file that a run.json has by this name, where the workflow comes from one. Raises InputError where it is
+    not what was sent then."""
+    source = dict_or_empty(job.recorded.get(name))
+    path, side = source.get("path"), source.get("max_side")
+    if not isinstance(path, str):
+        return
+    side = side if is_whole_number(side) and side > 0 else None
+    add_file(path, bool(source.get("is_image")), side, job, console, name)
+    if job.sources[name]["sha256"] != source.get("sha256"):
+        raise InputError(f"{path} is not what it was in that run; name a file with --img")
+
+
 def add_file(
     reference: str, is_image: bool, max_side: int | None, job: Job, console: Console, name: str | None = None
 ) -> str:
@@ -1812,19 +1758,6 @@ def add_file(
     return name
 
 
-def read_recorded(name: str, job: Job, console: Console) -> None:
-    """Adds the file that a run.json has by this name, where the workflow comes from one. Raises InputError where it is
-    not what was sent then."""
-    source = job.recorded.get(name)
-    if not isinstance(source, dict) or not isinstance(source.get("path"), str):
-        return
-    side = source.get("max_side")
-    side = side if is_whole_number(side) and side > 0 else None
-    add_file(source["path"], bool(source.get("is_image")), side, job, console, name)
-    if job.sources[name]["sha256"] != source.get("sha256"):
-        raise InputError(f"{source['path']} is not what it was in that run; name a file with --img")
-
-
 def url_path(url: str) -> str:
     try:
         return urlsplit(url).path
@@ -1838,15 +1771,15 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+@dataclass
 class Run:
-    """One job from its options to its files. `server` is None where nothing is sent; `display` is for progress."""
+    """One job from its options to its files. `display` is for progress."""
 
-    def __init__(self, options: Options, console: Console, display: TextIO | None = None) -> None:
-        self._options = options
-        self._console = console
-        self._display = display
-        self._began = time.monotonic()
-        self.report = Report()
+    options: Options
+    console: Console
+    display: TextIO | None = None
+    began: float = field(default_factory=time.monotonic)
+    report: Report = field(default_factory=Report)
 
     def attempt(self, connected: Connect | None, **clock: Any) -> Report:
         """The report also has what went wrong. None as `connected`: nothing is sent."""
@@ -1860,100 +1793,92 @@ class Run:
         return self.report
 
     def _note_time(self) -> None:
-        self.report.timings_ms["all"] = round((time.monotonic() - self._began) * 1000)
+        self.report.timings_ms["all"] = round((time.monotonic() - self.began) * 1000)
 
     def _send(self, server: Server | None) -> None:
-        job = Job({}) if self._options.resume else prepare(self._options, self._console)
+        job = Job({}) if self.options.resume else prepare(self.options, self.console)
         self.report.changes, self.report.seeds = job.changes, job.seeds
         if server is None:
-            if warning := size_warning(job, len(request_body(job)), self._options.sync):
-                self._console.warn(warning)
+            if warning := size_warning(job, len(request_body(job)), self.options.sync):
+                self.console.warn(warning)
             self.report.workflow = job.workflow
             return
-        make_output_directory(self._options.out)
+        make_output_directory(self.options.out)
         server.sleep(0)  # of many jobs, those that were still being prepared end here on Ctrl-C
-        deadline = server.now() + self._options.timeout
+        deadline = server.now() + self.options.timeout
         try:
-            job_id = self.report.job_id = self._options.resume or server.submit(job, deadline)
+            job_id = self.report.job_id = self.options.resume or server.submit(job, deadline)
         except KeyboardInterrupt:
             if server.is_handing_over:
-                self._console.warn("if the job was taken before this, it runs to its end: its id did not arrive here")
+                self.console.warn("if the job was taken before this, it runs to its end: its id did not arrive here")
             raise
-        if self._options.detach:
+        if self.options.detach:
             self.report.state = "IN_QUEUE"
-            self._console.result(job_id)
+            self.console.result(job_id)
             return
         status = self._followed(server, job_id, deadline)
         self._note(status)
         self._take(outcome(status))
-        if self._options.save_run:
+        if self.options.save_run:
             self._note_time()
             store = {**self.report.as_json(), "workflow": job.workflow, "sources": job.sources}
-            self._saved(stored(self._options.out, "run.json", [json.dumps(store, indent=1).encode()]))
+            self._saved(save_new(self.options.out, "run.json", [json.dumps(store, indent=1).encode()]))
 
     def _followed(self, server: Server, job_id: str, deadline: float) -> Status:
         """The final state. On Ctrl-C, or at the deadline, the job is cancelled, because RunPod bills by time."""
         try:
-            self._console.say(f"job {job_id}")
-            with ProgressDisplay(self._display) as display:
+            self.console.say(f"job {job_id}")
+            with ProgressDisplay(self.display) as display:
                 return server.follow(job_id, deadline, display.update)
         except (KeyboardInterrupt, JobTimedOut):
-            self._console.say(f"cancelling job {job_id}; Ctrl-C leaves it as it is")
+            self.console.say(f"cancelling job {job_id}; Ctrl-C leaves it as it is")
             try:
                 self.report.state = server.cancel(job_id)
+                self.console.say(cancelled(job_id, self.report.state))
             except KeyboardInterrupt:
-                self._console.warn(f"job {job_id} may still run; --cancel {job_id} ends it")
+                self.console.warn(f"job {job_id} may still run; --cancel {job_id} ends it")
                 raise
             except ClientError as error:
-                self._console.warn(f"job {job_id} could not be cancelled and may still run: {error}")
-            else:
-                self._console.say(cancelled(job_id, self.report.state))
+                self.console.warn(f"job {job_id} could not be cancelled and may still run: {error}")
             raise
 
     def _note(self, status: Status) -> None:
         """State, times, and with --debug what the worker says about itself and about a failure."""
-        output = status["output"] if isinstance(status.get("output"), dict) else {}
+        output = dict_or_empty(status.get("output"))
         self.report.state = str(status["status"])
         self.report.job_id = str(status.get("id") or self.report.job_id)  # ComfyUI may have got it a second time
+        self.report.debug = dict_or_empty(output.get("debug"))
         for name, key in (("queue", "delayTime"), ("run", "executionTime")):
             if is_number(status.get(key)):
                 self.report.timings_ms[name] = round(status[key])
-        self.report.debug = output["debug"] if isinstance(output.get("debug"), dict) else {}
-        if self._options.debug:
-            facts: dict[str, Any] = {name: status[name] for name in STATUS_FACTS if name in status}
+        if self.options.debug:
+            facts = {name: status[name] for name in STATUS_FACTS if name in status}
             for key in ("timings_ms", "debug", "details"):
-                if isinstance(output.get(key), dict):
-                    facts |= {f"{key}.{name}": part for name, part in output[key].items()}
+                facts |= {f"{key}.{name}": part for name, part in dict_or_empty(output.get(key)).items()}
             for key, value in facts.items():
                 told = value if isinstance(value, str) else json.dumps(value)
-                self._console.say(f"{one_line(key, 60)}: {one_line(told, 2000)}")
+                self.console.say(f"{one_line(key, 60)}: {one_line(told, 2000)}")
 
     def _take(self, output: Mapping[str, Any]) -> None:
         """The result's warnings are told, its texts printed, its files saved."""
-        for key in ("warnings", "errors"):  # the official worker puts what it could not return under `errors`
-            for remark in list_in(output, key):
-                self.report.warnings.append(one_line(remark))
-                self._console.warn(one_line(remark))
+        # The official worker puts what it could not return under `errors`.
+        for remark in list_in(output, "warnings") + list_in(output, "errors"):
+            self.report.warnings.append(one_line(remark))
+            self.console.warn(one_line(remark))
         for entry in list_in(output, "texts"):
             text = entry.get("text") if isinstance(entry, dict) else entry
             self.report.texts.append(text if isinstance(text, str) else json.dumps(entry))
-            self._console.result(self.report.texts[-1])
-
-        for failure in save_result(output, self._options.out, self._saved):
+            self.console.result(self.report.texts[-1])
+        for failure in save_result(output, self.options.out, self._saved):
             self.report.fail(failure)
 
     def _saved(self, path: Path) -> None:
         self.report.saved.append(str(path))
-        self._console.result(str(path))
+        self.console.result(str(path))
 
 
 def cancelled(job_id: str, state: str) -> str:
     return f"job {job_id} is cancelled" if state == "CANCELLED" else f"job {job_id} was already {state}"
-
-
-def list_in(output: Mapping[str, Any], key: str) -> list[Any]:
-    found = output.get(key)
-    return found if isinstance(found, list) else []
 
 
 def make_output_directory(directory: Path) -> None:
@@ -1961,8 +1886,7 @@ def make_output_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a path that none can be
-        reason = error.strerror if isinstance(error, OSError) else one_line(error)
-        raise InputError(f"--out {one_line(directory)} cannot be made: {reason}") from error
+        raise InputError(f"--out {one_line(directory)} cannot be made: {reason_of(error)}") from error
     if not os.access(directory, os.W_OK | os.X_OK):
         raise InputError(f"--out {directory} cannot be written to")
 
@@ -2014,8 +1938,8 @@ def tasks_of(options: Options) -> list[Task]:
 def line_options(line: str, base: Options) -> Options:
     """The options of one line of a batch: an object with the names of the command line's, which it goes before."""
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(line)
+    except ValueError as error:
         raise InputError(f"it is not JSON: {one_line(error, 120)}") from error
     if not isinstance(values, dict):
         raise InputError('it is no object such as {"prompt": "a cat", "seed": 7}')
@@ -2054,7 +1978,7 @@ class Done:
         self._saved: dict[str, list[str]] = {}
         for line in read_file(path).decode(errors="replace").splitlines() if path.exists() else ():
             with suppress(ValueError, TypeError, KeyError):  # a line that was cut off
-                entry = json.loads(line)
+                entry = parse_json(line)
                 self._saved[entry["key"]] = [str(file) for file in entry["saved"]]
 
     def get(self, key: str) -> list[str] | None:
@@ -2067,10 +1991,12 @@ class Done:
             file.write(f"\n{json.dumps({'key': key, 'saved': saved})}\n")  # the line before may have been cut off
 
 
-def run_many(options: Options, connected: Connect | None, console: Console) -> tuple[ExitCode, list[dict[str, Any]]]:
+def run_many(options: Options, connected: Connect | None, console: Console) -> dict[str, Any]:
     """Several jobs at once; a line for each that has ended, and a table. What a batch has done before is left out."""
-    from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+    from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
+    if connected:
+        make_output_directory(options.out)
     tasks, began = tasks_of(options), time.monotonic()
     done = Done(options.out / f"{options.batch.stem}.done.jsonl") if options.batch and connected else None
     runs: dict[Task, Run] = {}
@@ -2095,48 +2021,42 @@ def run_many(options: Options, connected: Connect | None, console: Console) -> t
             try:
                 done.add(task.key, report.saved)
             except OSError as error:
-                own.warn(f"it is saved, but will be done again: the list of jobs cannot be written: {error.strerror}")
+                own.warn(f"it is saved, but will be done again: the list of jobs cannot be written: {reason_of(error)}")
         return report
 
-    def report_of(future: Future[Report]) -> Report:
+    def report_of(task: Task, future: Future[Report]) -> Report:
         try:
             error = future.exception(timeout=0)
-        except CancelledError:
-            return not_sent
         except TimeoutError:  # after a second Ctrl-C
-            run = runs.get(tasks[futures[future]])
-            return replace(run.report, exit_code=ExitCode.INTERRUPTED) if run else not_sent
+            return replace(runs[task].report, exit_code=ExitCode.INTERRUPTED) if task in runs else not_sent
         failed = Report(errors=[f"the client has a defect: {error!r}"], exit_code=ExitCode.PLATFORM)
         return failed if error else future.result()
 
-    reports = dict.fromkeys(range(len(tasks)), not_sent)
     pool = ThreadPoolExecutor(options.parallel)
-    futures: dict[Future[Report], int] = {pool.submit(work, task): number for number, task in enumerate(tasks)}
+    futures = {pool.submit(work, task): task for task in tasks}
     pending, ended = set(futures), 0
     try:
         while pending:
             some, pending = wait(pending, WAIT_SLICE_S, FIRST_COMPLETED)
             for future in some:
                 ended += 1
-                reports[futures[future]] = report = report_of(future)
-                line = f"[{ended}/{len(tasks)}] " + " ".join(row_of(tasks[futures[future]], report))
+                report = report_of(futures[future], future)
+                line = f"[{ended}/{len(tasks)}] " + " ".join(row_of(futures[future], report))
                 console.fail(line) if report.exit_code else console.say(line)
     except KeyboardInterrupt:
         console.say("interrupted: the jobs that run are being cancelled; Ctrl-C again leaves them")
         stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
         try:
             while pending := {future for future in pending if not future.done()}:
                 wait(pending, WAIT_SLICE_S)
         except KeyboardInterrupt:
             console.warn("what is not cancelled yet may still run")
-        reports |= {number: report_of(future) for future, number in futures.items() if not future.cancelled()}
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    print_table(tasks, list(reports.values()), time.monotonic() - began, console)
-    codes = [report.exit_code for report in reports.values() if report.exit_code]
-    code = ExitCode.INTERRUPTED if stop.is_set() else next(iter(codes), ExitCode.SAVED)
-    return code, [{"job": task.name, **reports[number].as_json()} for number, task in enumerate(tasks)]
+    pool.shutdown(wait=False)
+    reports = [report_of(task, future) for future, task in futures.items()]
+    print_table([row_of(task, report) for task, report in zip(tasks, reports, strict=True)], began, console)
+    codes = [ExitCode.INTERRUPTED] if stop.is_set() else [report.exit_code for report in reports if report.exit_code]
+    jobs = [{"job": task.name, **report.as_json()} for task, report in zip(tasks, reports, strict=True)]
+    return {"ok": not codes, "exit_code": codes[0] if codes else ExitCode.SAVED, "jobs": jobs}
 
 
 def row_of(task: Task, report: Report) -> tuple[str, str, str, str, str]:
@@ -2152,25 +2072,26 @@ def row_of(task: Task, report: Report) -> tuple[str, str, str, str, str]:
     return task.name, state, f"{report.timings_ms.get('all', 0) / 1000:.1f} s", seeds, what
 
 
-def print_table(tasks: Sequence[Task], reports: Sequence[Report], seconds: float, console: Console) -> None:
-    rows = [("job", "state", "time", "seed", "files, or what went wrong")]
-    rows += [row_of(task, report) for task, report in zip(tasks, reports, strict=True)]
+def print_table(jobs: Sequence[tuple[str, str, str, str, str]], began: float, console: Console) -> None:
+    rows = [("job", "state", "time", "seed", "files, or what went wrong"), *jobs]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         console.say("  ".join([*cells, one_line(row[4], 160)]))
-    states = [row[1] for row in rows[1:]]
+    states = [row[1] for row in jobs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    console.say(f"{counted(len(tasks), 'job')} in {seconds:.1f} s: {counts}")
+    console.say(f"{counted(len(jobs), 'job')} in {time.monotonic() - began:.1f} s: {counts}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
+DEFAULT_URL = "https://api.runpod.ai/v2"
+MAX_TIMEOUT_S = 86_400  # a job's time to live on RunPod, unless its request says otherwise
+
 USAGE = "client.py --workflow FILE [--img FILE ...] [--prompt TEXT] [options]"
 DESCRIPTION = "Run a ComfyUI workflow on a RunPod Serverless endpoint and save what it makes."
-FORMATS = ("png", "webp", "jpeg")
 EPILOG = """\
 examples:
   client.py --workflow edit.json --img room.png chair.png --prompt "put the chair into the room"
@@ -2188,13 +2109,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{one_line(message, 300)}; --help lists the options")
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=26)
-
-
 def build_parser() -> Parser:
-    parser = Parser("client.py", USAGE, DESCRIPTION, EPILOG, formatter_class=Formatter, allow_abbrev=False)
+    def formatter(prog: str) -> argparse.HelpFormatter:
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=26)
+
+    parser = Parser("client.py", USAGE, DESCRIPTION, EPILOG, formatter_class=formatter, allow_abbrev=False)
     files: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     texts: dict[str, Any] = {"action": "append", "default": []}
     flag: dict[str, Any] = {"action": "store_true"}
@@ -2215,7 +2134,8 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("result").add_argument
     add("--out", metavar="DIR", type=Path, default=Path("output"), help="folder for the files (default: output)")
-    add("--format", choices=FORMATS, metavar="NAME", help="png, webp or jpeg for pictures (default: as saved)")
+    formats = ("png", "webp", "jpeg")
+    add("--format", choices=formats, metavar="NAME", help="png, webp or jpeg for pictures (default: as saved)")
     add("--quality", metavar="N", type=_whole("a quality", 1, 100), help="of webp and jpeg (default: 90)")
     add("--save-run", **flag, help="add run.json: --workflow run.json --keep-seeds makes it again")
     add("--json", **flag, help="one object on stdout and nothing else")
@@ -2281,9 +2201,8 @@ def connect(options: Options, environ: Mapping[str, str], console: Console) -> C
         key = read_file(options.api_key_file, "key file").decode("utf-8-sig", errors="replace")
     key = key.strip()
     if not key or not key.isascii() or not key.isprintable():
-        raise InputError(
-            "put the endpoint's API key into the environment variable RUNPOD_API_KEY, or name --api-key-file"
-        )
+        places = "the environment variable RUNPOD_API_KEY, or name --api-key-file"
+        raise InputError(f"put the endpoint's API key into {places}")
     return lambda **clock: Endpoint(options.url, endpoint_id, key, sync=options.sync, warn=console.warn, **clock)
 
 
@@ -2297,8 +2216,8 @@ def is_comfyui(url: str) -> bool:
         raise PlatformError(f"no ComfyUI answers: {error}; is the tunnel up, and ComfyUI ready?") from error
 
 
-def run(options: Options, environ: Mapping[str, str], console: Console) -> tuple[ExitCode, dict[str, Any]]:
-    """The program without its outermost error handling; the exit code, and the object of --json."""
+def run(options: Options, environ: Mapping[str, str], console: Console) -> dict[str, Any]:
+    """The program without its outermost error handling; returns the object of --json. Raises ClientError."""
     many = options.batch is not None or options.repeat > 1
     if many and (options.detach or options.resume or options.cancel):
         raise InputError("--detach, --resume and --cancel are for one job, not for --repeat and --batch")
@@ -2308,16 +2227,10 @@ def run(options: Options, environ: Mapping[str, str], console: Console) -> tuple
     if options.cancel and connected:
         state = connected().cancel(options.cancel)
         console.say(cancelled(options.cancel, state))
-        return ExitCode.SAVED, {"ok": True, "exit_code": ExitCode.SAVED, "job_id": options.cancel, "state": state}
+        return {"ok": True, "exit_code": ExitCode.SAVED, "job_id": options.cancel, "state": state}
     if many:
-        if connected:
-            make_output_directory(options.out)
-        code, jobs = run_many(options, connected, console)
-        return code, {"ok": not code, "exit_code": code, "jobs": jobs}
-    report = Run(options, console, None if options.quiet else sys.stderr).attempt(connected)
-    for error in report.errors:
-        console.fail(error) if report.exit_code != ExitCode.INTERRUPTED else console.say(error)
-    return report.exit_code, report.as_json()
+        return run_many(options, connected, console)
+    return Run(options, console, None if options.quiet else sys.stderr).attempt(connected).as_json()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -2331,24 +2244,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(number, signal.default_int_handler)
     console = Console("--quiet" in arguments, "--json" in arguments)
     try:
-        code, told = run(build_parser().parse_args(arguments), os.environ, console)
+        told = run(build_parser().parse_args(arguments), os.environ, console)
     except ClientError as error:
-        console.fail(error)
-        code, told = error.exit_code, {"ok": False, "exit_code": error.exit_code, "errors": [str(error)]}
+        told = failed(error)
     except KeyboardInterrupt:
-        console.say("interrupted")
-        code, told = ExitCode.INTERRUPTED, {"ok": False, "exit_code": ExitCode.INTERRUPTED, "errors": ["interrupted"]}
+        told = failed(Interrupted("interrupted"))
     except ModuleNotFoundError as error:
-        message = f"{error.name} is missing: `uv run client.py` brings it, or `pip install requests Pillow tqdm`"
-        console.fail(message)
-        code, told = ExitCode.BAD_INPUT, {"ok": False, "exit_code": ExitCode.BAD_INPUT, "errors": [message]}
+        told = failed(
+            InputError(f"{error.name} is missing: `uv run client.py` brings it, or `pip install requests Pillow tqdm`")
+        )
     except Exception as error:  # noqa: BLE001 - the outermost function: a sentence instead of a traceback
-        console.fail(f"the client has a defect: {type(error).__name__}: {one_line(error, 300)}")
-        code, told = ExitCode.PLATFORM, {"ok": False, "exit_code": ExitCode.PLATFORM, "errors": ["a defect"]}
+        told = failed(PlatformError(f"the client has a defect: {type(error).__name__}: {one_line(error, 300)}"))
+    for message in told.get("errors", ()):
+        console.say(message) if told["exit_code"] == ExitCode.INTERRUPTED else console.fail(message)
     if console.json:
         # Through JSON once: what the server sent as NaN or Infinity would make it none.
         write_line(sys.stdout, json.dumps(json.loads(json.dumps(told), parse_constant=str)))
-    return code
+    return int(told["exit_code"])
+
+
+def failed(error: ClientError) -> dict[str, Any]:
+    return {"ok": False, "exit_code": error.exit_code, "errors": [str(error)]}
 
 
 if __name__ == "__main__":

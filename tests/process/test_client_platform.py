@@ -389,7 +389,7 @@ def followed(bench: Bench, folder: Folder, *arguments: str, impatient: bool = Fa
     return client, job_id
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_client_cancels_its_job(bench: Bench, folder: Folder, number: int) -> None:
     client, job_id = followed(bench, folder)
     client.interrupt(number)

@@ -1192,7 +1192,7 @@ LARGE = {
     "a chain of reroutes": chain(3000, "Reroute", "value", encoder("old")) | ENDS,
     "a chain of conditioning": chain(3000, "Set", "conditioning", encoder("old"), text="t") | ENDS,
     "a chain of encoders": chain(3000, "CLIPTextEncode", "text", node("PrimitiveString", value="old")) | ENDS,
-    "a chain of seeds": chain(3000, "KSampler", "seed", node("PrimitiveInt", value=5)) | ENDS,
+    "a chain of seeds": chain(1000, "KSampler", "seed", node("PrimitiveInt", value=5)) | ENDS,
     "a ring": chain(3000, "Reroute", "value", node("Reroute", value=["0", 0])) | ENDS,
     "a ring of samplers": chain(1000, "KSampler", "positive", sampler("0", "0")) | ENDS,
     "diamonds": layers(60, 2, lambda column: encoder("old")) | ENDS | {"0": node("Mix", value=["0:0", 0])},
