@@ -140,7 +140,7 @@ class Worker:
             "timings_ms": WIDEST_TIMINGS_MS,
         }
         if request.debug:
-            rest["debug"] = self._diagnostics()
+            rest["debug"] = {"prompt_id": outcome.prompt_id, **self._diagnostics()}
         limit_bytes = result_limit_bytes(job_id, self.config.result_limit_bytes)
         return Delivery(job_id, limit_bytes, self.ramdisk, self.bucket, control).deliver(outputs, texts, rest)
 

@@ -117,6 +117,7 @@ def test_an_item_tells_all_that_the_contract_promises(driver: Driver) -> None:
 @pytest.mark.fault("V6")
 def test_debug_keeps_the_files_and_says_where_until_the_next_job_overwrites_them(row: Row, driver: Driver) -> None:
     result = row.succeeds(driver.run(invert_job(debug=True)))
+    assert driver.comfyui("/history").keys() == {result["debug"]["prompt_id"]}
     kept = [Path(path) for path in result["debug"]["files"]]
     assert kept == [driver.ramdisk / "input/a.png", driver.ramdisk / "output/inverted_00001_.png"]
     assert len(driver.comfyui("/history")) == 1
