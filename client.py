@@ -2113,7 +2113,9 @@ def build_parser() -> Parser:
     def formatter(prog: str) -> argparse.HelpFormatter:
         return argparse.RawDescriptionHelpFormatter(prog, max_help_position=26)
 
-    parser = Parser("client.py", USAGE, DESCRIPTION, EPILOG, formatter_class=formatter, allow_abbrev=False)
+    parser = Parser(
+        "client.py", USAGE, DESCRIPTION, EPILOG, formatter_class=formatter, allow_abbrev=False, add_help=False
+    )
     files: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     texts: dict[str, Any] = {"action": "append", "default": []}
     flag: dict[str, Any] = {"action": "store_true"}
@@ -2160,6 +2162,7 @@ def build_parser() -> Parser:
     add("--repeat", metavar="N", type=number, default=1, help="so often, with new seeds; --seed counts up")
     add("--batch", metavar="FILE", type=Path, help='a job a line: {"prompt": "a cat"}; a rerun skips what is done')
     add("--parallel", metavar="N", type=number, default=8, help="jobs at once (default: 8)")
+    add("-h", "--help", action="help", help="show this")
     return parser
 
 
