@@ -24,6 +24,7 @@ import signal
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +34,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeGuard
 from urllib.parse import quote, urlencode, urlsplit
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import requests
     from PIL import Image
 
@@ -962,7 +965,7 @@ HANDOVER_FAILED = "the job could not be handed over; it may have been taken all 
 Status = dict[str, Any]  # as GET /status answers: `status`, `output`, `error`, `delayTime`, `executionTime`
 
 
-class Server:
+class Server(ABC):
     """One HTTP server that runs jobs. `deadline` arguments are readings of `now`. Methods raise PlatformError."""
 
     last_poll_s = LAST_POLL_S
@@ -990,15 +993,17 @@ class Server:
         self.sleep = sleep
         self.is_handing_over = False  # a request is under way with which a job begins
 
+    @abstractmethod
     def submit(self, job: Job, deadline: float) -> str:
         """Starts the job and returns its id."""
-        raise NotImplementedError
 
+    @abstractmethod
     def status(self, job_id: str) -> Status:
-        raise NotImplementedError
+        """The job's state now."""
 
+    @abstractmethod
     def _cancel(self, job_id: str) -> str:
-        raise NotImplementedError
+        """One attempt of `cancel`."""
 
     def cancel(self, job_id: str) -> str:
         """Takes the job out of the queue, or stops it; returns its state then. Without a usable answer it is tried for
@@ -1991,72 +1996,89 @@ class Done:
             file.write(f"\n{json.dumps({'key': key, 'saved': saved})}\n")  # the line before may have been cut off
 
 
-def run_many(options: Options, connected: Connect | None, console: Console) -> dict[str, Any]:
+class ManyRuns:
     """Several jobs at once; a line for each that has ended, and a table. What a batch has done before is left out."""
-    from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-    if connected:
-        make_output_directory(options.out)
-    tasks, began = tasks_of(options), time.monotonic()
-    done = Done(options.out / f"{options.batch.stem}.done.jsonl") if options.batch and connected else None
-    runs: dict[Task, Run] = {}
-    stop, not_sent = threading.Event(), Report(state="NOT SENT", exit_code=ExitCode.INTERRUPTED)
+    def __init__(self, options: Options, connected: Connect | None, console: Console) -> None:
+        if connected:
+            make_output_directory(options.out)
+        self._tasks = tasks_of(options)
+        self._connected = connected
+        self._console = console
+        self._parallel = options.parallel
+        self._done = Done(options.out / f"{options.batch.stem}.done.jsonl") if options.batch and connected else None
+        self._runs: dict[Task, Run] = {}
+        self._stop = threading.Event()
+        self._not_sent = Report(state="NOT SENT", exit_code=ExitCode.INTERRUPTED)
 
-    def sleep(pause_s: float) -> None:
-        if stop.wait(pause_s):
-            raise KeyboardInterrupt
+    def run(self) -> dict[str, Any]:
+        """All of them; the object of --json."""
+        from concurrent.futures import ThreadPoolExecutor
 
-    def work(task: Task) -> Report:
-        if stop.is_set():
-            return not_sent
-        if done and (saved := done.get(task.key)) is not None:
+        began = time.monotonic()
+        pool = ThreadPoolExecutor(self._parallel)
+        futures = {pool.submit(self._work, task): task for task in self._tasks}
+        self._wait_for(futures)
+        pool.shutdown(wait=False)
+        reports = [(task, self._report_of(task, future)) for future, task in futures.items()]
+        print_table([row_of(task, report) for task, report in reports], began, self._console)
+        codes = [report.exit_code for _, report in reports if report.exit_code]
+        code = ExitCode.INTERRUPTED if self._stop.is_set() else next(iter(codes), ExitCode.SAVED)
+        return {"ok": not code, "exit_code": code, "jobs": [{"job": t.name, **r.as_json()} for t, r in reports]}
+
+    def _work(self, task: Task) -> Report:
+        """One job, in a thread of its own."""
+        if self._stop.is_set():
+            return self._not_sent
+        if self._done and (saved := self._done.get(task.key)) is not None:
             return Report(state="DONE BEFORE", saved=saved)
         if task.options is None:
             return Report(errors=[task.error], exit_code=ExitCode.BAD_INPUT)
-        is_quiet = console.quiet or (connected is not None and not task.options.debug)
-        own = replace(console, quiet=is_quiet, prefix=f"[{task.name}] ")
-        run = runs[task] = Run(task.options, own)
-        report = run.attempt(connected, sleep=sleep)
-        if done and not report.exit_code:
+        is_quiet = self._console.quiet or (self._connected is not None and not task.options.debug)
+        own = replace(self._console, quiet=is_quiet, prefix=f"[{task.name}] ")
+        run = self._runs[task] = Run(task.options, own)
+        report = run.attempt(self._connected, sleep=self._sleep)
+        if self._done and not report.exit_code:
             try:
-                done.add(task.key, report.saved)
+                self._done.add(task.key, report.saved)
             except OSError as error:
                 own.warn(f"it is saved, but will be done again: the list of jobs cannot be written: {reason_of(error)}")
         return report
 
-    def report_of(task: Task, future: Future[Report]) -> Report:
+    def _sleep(self, pause_s: float) -> None:
+        """Ctrl-C reaches only the main thread; here it comes with the next pause."""
+        if self._stop.wait(pause_s):
+            raise KeyboardInterrupt
+
+    def _wait_for(self, futures: Mapping[Future[Report], Task]) -> None:
+        from concurrent.futures import FIRST_COMPLETED, wait
+
+        pending, ended = set(futures), 0
+        try:
+            while pending:
+                some, pending = wait(pending, WAIT_SLICE_S, FIRST_COMPLETED)
+                for future in some:
+                    ended += 1
+                    report = self._report_of(futures[future], future)
+                    line = f"[{ended}/{len(futures)}] " + " ".join(row_of(futures[future], report))
+                    self._console.fail(line) if report.exit_code else self._console.say(line)
+        except KeyboardInterrupt:
+            self._console.say("interrupted: the jobs that run are being cancelled; Ctrl-C again leaves them")
+            self._stop.set()
+            try:
+                while pending := {future for future in pending if not future.done()}:
+                    wait(pending, WAIT_SLICE_S)
+            except KeyboardInterrupt:
+                self._console.warn("what is not cancelled yet may still run")
+
+    def _report_of(self, task: Task, future: Future[Report]) -> Report:
         try:
             error = future.exception(timeout=0)
         except TimeoutError:  # after a second Ctrl-C
-            return replace(runs[task].report, exit_code=ExitCode.INTERRUPTED) if task in runs else not_sent
+            run = self._runs.get(task)
+            return replace(run.report, exit_code=ExitCode.INTERRUPTED) if run else self._not_sent
         failed = Report(errors=[f"the client has a defect: {error!r}"], exit_code=ExitCode.PLATFORM)
         return failed if error else future.result()
-
-    pool = ThreadPoolExecutor(options.parallel)
-    futures = {pool.submit(work, task): task for task in tasks}
-    pending, ended = set(futures), 0
-    try:
-        while pending:
-            some, pending = wait(pending, WAIT_SLICE_S, FIRST_COMPLETED)
-            for future in some:
-                ended += 1
-                report = report_of(futures[future], future)
-                line = f"[{ended}/{len(tasks)}] " + " ".join(row_of(futures[future], report))
-                console.fail(line) if report.exit_code else console.say(line)
-    except KeyboardInterrupt:
-        console.say("interrupted: the jobs that run are being cancelled; Ctrl-C again leaves them")
-        stop.set()
-        try:
-            while pending := {future for future in pending if not future.done()}:
-                wait(pending, WAIT_SLICE_S)
-        except KeyboardInterrupt:
-            console.warn("what is not cancelled yet may still run")
-    pool.shutdown(wait=False)
-    reports = [report_of(task, future) for future, task in futures.items()]
-    print_table([row_of(task, report) for task, report in zip(tasks, reports, strict=True)], began, console)
-    codes = [ExitCode.INTERRUPTED] if stop.is_set() else [report.exit_code for report in reports if report.exit_code]
-    jobs = [{"job": task.name, **report.as_json()} for task, report in zip(tasks, reports, strict=True)]
-    return {"ok": not codes, "exit_code": codes[0] if codes else ExitCode.SAVED, "jobs": jobs}
 
 
 def row_of(task: Task, report: Report) -> tuple[str, str, str, str, str]:
@@ -2212,7 +2234,7 @@ def connect(options: Options, environ: Mapping[str, str], console: Console) -> C
 def is_comfyui(url: str) -> bool:
     """Whether ComfyUI itself answers there. Raises PlatformError where nothing does."""
     try:
-        return {"system", "devices"} <= Server(url).call("GET", "/system_stats").keys()
+        return {"system", "devices"} <= ComfyUI(url).call("GET", "/system_stats").keys()
     except Refused:
         return False
     except Unreachable as error:
@@ -2232,7 +2254,7 @@ def run(options: Options, environ: Mapping[str, str], console: Console) -> dict[
         console.say(cancelled(options.cancel, state))
         return {"ok": True, "exit_code": ExitCode.SAVED, "job_id": options.cancel, "state": state}
     if many:
-        return run_many(options, connected, console)
+        return ManyRuns(options, connected, console).run()
     return Run(options, console, None if options.quiet else sys.stderr).attempt(connected).as_json()
 
 

@@ -166,7 +166,7 @@ MUTANTS = [
     Mutant("client: no file is overwritten", "client.py", 'path.open("xb").close()', 'path.open("wb").close()', "tests/unit/test_client_saving.py"),
     Mutant("client: a file appears whole", "client.py", "partial.unlink()", "pass", "tests/unit/test_client_saving.py"),
     Mutant("client: the key stays with the endpoint", "client.py", 'request.headers["Authorization"] = f"Bearer {key}"', 'request.headers["X-Key"] = f"Bearer {key}"', "tests/unit/test_client_endpoint.py"),
-    Mutant("client: a batch goes on where it ended", "client.py", "if done and (saved := done.get(task.key)) is not None:", "if False:", "tests/unit/test_client_many.py"),
+    Mutant("client: a batch goes on where it ended", "client.py", "if self._done and (saved := self._done.get(task.key)) is not None:", "if False:", "tests/unit/test_client_many.py"),
     Mutant("client: Ctrl-C ends the rest", "client.py", "server.sleep(0)  #", "#", "tests/unit/test_client_many.py"),
     Mutant("client: glass box, fresh files", "client.py", "self.NONCE_INPUT), nonce) for node_id in fresh]", "self.NONCE_INPUT), nonce) for node_id in ()]", "tests/contract/test_client_glass_box.py"),
     Mutant("client: glass box, an interrupt that gets lost", "client.py", 'self._post("/queue", {"delete": [job_id]})', "pass", "tests/contract/test_client_glass_box.py"),
