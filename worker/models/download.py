@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from worker.models import ModelError
 from worker.models.grammar import ModelEntry
 from worker.models.hub import explained, metadata_of, retried
-from worker.models.lease import CLOCK_PREFIX, GRAVE_PREFIX, STALE_S, age_s, heartbeat, lease
+from worker.models.lease import CLOCK_PREFIX, GRAVE_PREFIX, STALE_S, age_s, every, heartbeat, lease
 from worker.models.sources import find_flaw, link
 
 if TYPE_CHECKING:
@@ -320,23 +320,17 @@ def _progress(downloads: Sequence[Download], say: Callable[[str], None]) -> Iter
     """A line every few seconds: how many, how much, how fast, how long still."""
     total_bytes = sum(download.size_bytes for download in downloads)
     say(f"downloading {len(downloads)} model{'s' * (len(downloads) > 1)}, {total_bytes / 1e9:.2f} GB")
-    ended, started_s = threading.Event(), time.monotonic()
+    started_s = time.monotonic()
 
     def report() -> None:
-        while not ended.wait(PROGRESS_EVERY_S):
-            done = [one for one in downloads if one.seconds]
-            came_bytes = sum(one.size_bytes if one.seconds else one.fetched_bytes() for one in downloads)
-            rate = came_bytes / (time.monotonic() - started_s)
-            left = f", {(total_bytes - came_bytes) / rate:.0f} s left" if rate and came_bytes <= total_bytes else ""
-            say(
-                f"{len(done)} of {len(downloads)} models, {came_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB,"
-                f" {rate / 1e6:.0f} MB/s{left}"
-            )
+        done = [one for one in downloads if one.seconds]
+        came_bytes = sum(one.size_bytes if one.seconds else one.fetched_bytes() for one in downloads)
+        rate = came_bytes / (time.monotonic() - started_s)
+        left = f", {(total_bytes - came_bytes) / rate:.0f} s left" if rate and came_bytes <= total_bytes else ""
+        say(
+            f"{len(done)} of {len(downloads)} models, {came_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB,"
+            f" {rate / 1e6:.0f} MB/s{left}"
+        )
 
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
-    try:
+    with every(PROGRESS_EVERY_S, report):
         yield
-    finally:
-        ended.set()
-        thread.join()

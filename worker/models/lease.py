@@ -32,23 +32,36 @@ def age_s(path: Path) -> float:
 
 
 @contextlib.contextmanager
-def heartbeat(path: Path, interval_s: float = HEARTBEAT_S) -> Iterator[None]:
-    """A file that is touched for as long as the block runs, and removed with it."""
-    path.touch()
+def every(interval_s: float, work: Callable[[], None]) -> Iterator[None]:
+    """Does the work again and again, in a thread, for as long as the block runs."""
     ended = threading.Event()
 
-    def beat() -> None:
+    def repeat() -> None:
         while not ended.wait(interval_s):
-            with contextlib.suppress(OSError):  # a volume that does not answer for a moment
-                os.utime(path)
+            work()
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def heartbeat(path: Path, interval_s: float = HEARTBEAT_S) -> Iterator[None]:
+    """A file that is touched for as long as the block runs, and removed with it."""
+    path.touch()
+
+    def beat() -> None:
+        with contextlib.suppress(OSError):  # a volume that does not answer for a moment
+            os.utime(path)
+
+    try:
+        with every(interval_s, beat):
+            yield
+    finally:
         path.unlink(missing_ok=True)
 
 

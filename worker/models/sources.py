@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -145,21 +145,18 @@ def _volume_paths(entry: ModelEntry, models_dir: Path, volume_dir: Path) -> list
 
 def find_on_volumes(entry: ModelEntry, places: Places) -> Path | None:
     """The whole file of an entry on a network volume, also in a folder of the old name, or None."""
-    for volume_dir in places.volume_dirs:
-        for candidate in _volume_paths(entry, places.models_dir, volume_dir):
-            if not candidate.is_file():
-                continue
-            flaw = find_flaw(candidate)
-            if flaw is None:
-                return candidate.resolve(strict=True)
-            log.warning("%s is not used: it %s", candidate, flaw)
-    return None
+    volumes = places.volume_dirs
+    return _first_whole(path for volume in volumes for path in _volume_paths(entry, places.models_dir, volume))
 
 
 def find_in_cache(entry: ModelEntry, cache_dir: Path) -> Path | None:
     """The real, whole file behind an entry in a cache with huggingface_hub's layout, or None."""
-    for snapshot in _snapshots_of(entry, cache_dir):
-        candidate = snapshot / entry.filename
+    return _first_whole(snapshot / entry.filename for snapshot in _snapshots_of(entry, cache_dir))
+
+
+def _first_whole(candidates: Iterable[Path]) -> Path | None:
+    """The real file behind the first candidate that is there and whole; one that is not whole is a logged warning."""
+    for candidate in candidates:
         if not candidate.is_file():
             continue
         flaw = find_flaw(candidate)
