@@ -7,81 +7,22 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import threading
-import time
 import wave
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from signal import SIGINT, SIGKILL
-from typing import Any, NamedTuple
+from signal import SIGKILL
+from typing import Any
 
 import pytest
 from comfyui_client import ComfyUI, Workflow, boot, command, directory, empty, free_port, post, save
 from PIL import Image, ImageChops, ImageOps
 
-ROOT = Path(__file__).resolve().parents[2]
-CLIENT = str(ROOT / "client.py")
-DEADLINE_S = 60.0
+from tests.client_process import CLIENT, IMPATIENT, ClientProcess, Ended
+from tests.process.stack import wait_until
+
 SAVED, JOB_FAILED, BAD_INPUT, PLATFORM, TIMED_OUT, INTERRUPTED = 0, 1, 2, 3, 4, 130
-# The program with shorter times, for tests of what it does when they are over.
-IMPATIENT = "import sys, client; client.CANCEL_TIMEOUT_S = client.SILENCE_LIMIT_S = 1; sys.exit(client.main())"
-
-
-def wait_until(look: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + DEADLINE_S
-    while not (found := look()):
-        assert time.monotonic() < deadline, f"waited {DEADLINE_S} s for: {what}"
-        time.sleep(0.02)
-    return found
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("error: ")]
-
-    @property
-    def told(self) -> dict[str, Any]:
-        """The object of --json."""
-        return dict(json.loads(self.out))
-
-
-class Client:
-    """client.py that is running; what it says goes into files, which can be read meanwhile."""
-
-    def __init__(self, folder: Path, *arguments: str, program: tuple[str, ...] = (CLIENT,)) -> None:
-        self._files = [folder / f"{name}-{len(list(folder.iterdir()))}" for name in ("out", "err")]
-        environ = {key: value for key, value in os.environ.items() if not key.startswith("RUNPOD_")}
-        with self._files[0].open("w") as out, self._files[1].open("w") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, *program, *arguments],
-                cwd=folder,
-                env=environ | {"PYTHONPATH": str(ROOT)},
-                stdout=out,
-                stderr=err,
-            )
-
-    def until(self, text: str) -> None:
-        """Until it has said this on stderr."""
-        wait_until(lambda: text in self._files[1].read_text(), f"the client says: {text}")
-
-    def interrupt(self) -> None:
-        self.process.send_signal(SIGINT)
-
-    def end(self) -> Ended:
-        try:
-            code = self.process.wait(DEADLINE_S)
-        finally:
-            self.process.kill()
-        out, err = (file.read_text() for file in self._files)
-        assert "Traceback" not in err
-        return Ended(code, out, err)
 
 
 class Folder:
@@ -91,13 +32,14 @@ class Folder:
         self.path = path
         self.url = url
 
-    def start(self, *arguments: str, program: tuple[str, ...] = (CLIENT,)) -> Client:
-        return Client(self.path, "--url", self.url, *arguments, program=program)
+    def start(self, *arguments: str, program: tuple[str, ...] = (CLIENT,)) -> ClientProcess:
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("RUNPOD_")}
+        return ClientProcess(self.path, program, ("--url", self.url, *arguments), environ)
 
     def run(self, *arguments: str) -> Ended:
         return self.start(*arguments).end()
 
-    def start_job(self, workflow: Workflow, *arguments: str, program: tuple[str, ...] = (CLIENT,)) -> Client:
+    def start_job(self, workflow: Workflow, *arguments: str, program: tuple[str, ...] = (CLIENT,)) -> ClientProcess:
         (self.path / "workflow.json").write_text(json.dumps(workflow))
         return self.start("--workflow", "workflow.json", *arguments, program=program)
 

@@ -9,18 +9,18 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from local.__main__ import ENDPOINT, Platform
+from tests.client_process import CLIENT, IMPATIENT, ClientProcess, Ended
 from tests.process.stack import (
     DEADLINE_S,
     ROOT,
@@ -41,8 +41,6 @@ WORKFLOW = {
     "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0, "seed": 1}},
     "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "out"}},
 }
-# The program with shorter times, for tests of what it does when they are over.
-IMPATIENT = "import sys, client; client.CANCEL_TIMEOUT_S = client.SILENCE_LIMIT_S = 1; sys.exit(client.main())"
 
 
 class Bench(Api):
@@ -70,53 +68,6 @@ class Bench(Api):
         return dict(self.call("GET", "health")["jobs"])
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("error: ")]
-
-
-class Client:
-    """client.py that is running; what it says goes into files, which can be read meanwhile."""
-
-    def __init__(self, folder: Path, platform: Platform, *arguments: str | Path, impatient: bool = False) -> None:
-        self._files = [folder / f"{name}-{len(list(folder.iterdir()))}" for name in ("out", "err")]
-        program = ["-c", IMPATIENT] if impatient else [str(ROOT / "client.py")]
-        with self._files[0].open("w") as out, self._files[1].open("w") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, *program, "--url", platform.api_url, *map(str, arguments)],
-                cwd=folder,
-                env={
-                    **os.environ,
-                    "RUNPOD_API_KEY": platform.api_key,
-                    "RUNPOD_ENDPOINT_ID": ENDPOINT,
-                    "PYTHONPATH": str(ROOT),
-                },
-                stdout=out,
-                stderr=err,
-            )
-
-    def until(self, text: str) -> None:
-        """Until it has said this on stderr."""
-        wait_until(lambda: text in self._files[1].read_text(), f"the client says: {text}")
-
-    def interrupt(self, number: int = signal.SIGINT) -> None:
-        self.process.send_signal(number)
-
-    def end(self) -> Ended:
-        try:
-            code = self.process.wait(DEADLINE_S)
-        finally:
-            self.process.kill()
-        out, err = (file.read_text() for file in self._files)
-        assert "Traceback" not in err
-        return Ended(code, out, err)
-
-
 class Folder:
     """A folder with a workflow, in which clients run; what they save lies in its ``output``."""
 
@@ -125,10 +76,13 @@ class Folder:
         self.platform = platform
         (path / "workflow.json").write_text(json.dumps(WORKFLOW))
 
-    def start(self, *arguments: str | Path, impatient: bool = False) -> Client:
-        return Client(self.path, self.platform, *arguments, impatient=impatient)
+    def start(self, *arguments: str | Path, impatient: bool = False) -> ClientProcess:
+        program = ("-c", IMPATIENT) if impatient else (CLIENT,)
+        access = {"RUNPOD_API_KEY": self.platform.api_key, "RUNPOD_ENDPOINT_ID": ENDPOINT}
+        told = ("--url", self.platform.api_url, *map(str, arguments))
+        return ClientProcess(self.path, program, told, os.environ | access)
 
-    def job(self, *arguments: str | Path, impatient: bool = False) -> Client:
+    def job(self, *arguments: str | Path, impatient: bool = False) -> ClientProcess:
         return self.start("--workflow", "workflow.json", *arguments, impatient=impatient)
 
     def run(self, *arguments: str | Path) -> Ended:
@@ -381,7 +335,7 @@ def test_an_item_that_cannot_be_saved_is_told_and_the_others_are_kept(bench: Ben
 # --- cancelling ------------------------------------------------------------------------------------------------------
 
 
-def followed(bench: Bench, folder: Folder, *arguments: str, impatient: bool = False) -> tuple[Client, str]:
+def followed(bench: Bench, folder: Folder, *arguments: str, impatient: bool = False) -> tuple[ClientProcess, str]:
     """A client whose job the test has taken, and which has seen that."""
     client = folder.job(*arguments, impatient=impatient)
     job_id = bench.take()["id"]
