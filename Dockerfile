@@ -1,7 +1,8 @@
 # comfy-endpoint: ComfyUI at a pinned version in /ComfyUI, the worker in /opt/worker, and the models that MODELS names.
 #
-#   docker build -t comfy-endpoint .        another ComfyUI: --build-arg COMFYUI_REF=<tag, branch or commit>
+#   docker build -t comfy-endpoint .                      --target base leaves MODELS out
 #   docker build --build-arg MODELS=RepoID:Filename:Target,... --secret id=HF_TOKEN,env=HF_TOKEN .
+#   docker build --build-arg COMFYUI_REF=<tag, branch or commit> --build-arg TORCH=torch-cuda-13.0 .
 #
 # Layers are ordered by how seldom they change: a new worker is some hundred kB to push and pull, and a new ComfyUI does
 # not move torch. Only features that Docker, buildah and podman share.
@@ -10,9 +11,9 @@
 ARG BASE_IMAGE=python:3.12-slim-trixie
 
 
-# ComfyUI's source without its history; git stays in this stage.
+# The sources of ComfyUI and of the custom nodes, without their history; git stays in this stage.
 # hadolint ignore=DL3006
-FROM ${BASE_IMAGE} AS comfyui-source
+FROM ${BASE_IMAGE} AS sources
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates git
@@ -27,11 +28,17 @@ RUN git init -q . \
     && rm -rf .git input output temp \
     && ln -s /dev/shm/comfyui/input /dev/shm/comfyui/output /dev/shm/comfyui/temp . \
     && python3 -m compileall -q .
+COPY custom_nodes.txt image/custom_nodes.sh /
+# Bytecode of what will not compile (templates, Python 2) is not missed: an import that fails is found below.
+RUN mkdir /custom_nodes \
+    && bash /custom_nodes.sh fetch /custom_nodes.txt /custom_nodes \
+    && { python3 -m compileall -q /custom_nodes || true; }
 
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS base
 
+# gcc             TorchCompileModel and nodes with Triton kernels: Triton compiles its launcher (with libc6-dev) at run time
 # openssh-server  debugging through a tunnel. start.sh runs it only with PUBLIC_KEY and makes the host key at boot:
 #                 the keys that the package makes would be the same, and known, on every machine
 # tini            PID 1: hands SIGTERM to start.sh and reaps what nobody waits for
@@ -40,28 +47,48 @@ FROM ${BASE_IMAGE} AS base
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+        gcc \
+        libc6-dev \
         openssh-server \
         tini \
-    && apt-get clean \
-    && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_*
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* /etc/ssh/ssh_host_*
 
-# torchvision and torchaudio are built for one torch: change all three. These wheels hold CUDA 12.8; those of torch 2.11
-# hold CUDA 13, which wants a newer driver, and with which ComfyUI uses its fast fp8 kernels (comfy/quant_ops.py, 0.18.1).
-ARG TORCH_PACKAGES="torch==2.10.0 torchvision==0.25.0 torchaudio==2.10.0"
-# hadolint ignore=SC2086
-RUN python3 -m venv /ComfyUI/.venv \
-    && /ComfyUI/.venv/bin/pip install --no-cache-dir $TORCH_PACKAGES
-# Named again, so that nothing in ComfyUI's requirements can move them.
-# hadolint ignore=SC2086
-RUN --mount=type=bind,from=comfyui-source,source=/ComfyUI/requirements.txt,target=/tmp/requirements.txt \
-    /ComfyUI/.venv/bin/pip install --no-cache-dir $TORCH_PACKAGES -r /tmp/requirements.txt
+# torch with its torchvision, torchaudio and CUDA libraries. CUDA 12.8 asks for a driver from 2025 on and runs on
+# Blackwell; CUDA 13.0 for a newer one, and there ComfyUI has its fast fp8 kernels (comfy/quant_ops.py, 0.18.1).
+ARG TORCH=torch-cuda-12.8
+RUN --mount=type=bind,source=image,target=/tmp/image \
+    python3 -m venv /ComfyUI/.venv \
+    && /ComfyUI/.venv/bin/pip install --no-cache-dir --no-deps -r "/tmp/image/$TORCH.txt"
+# Constrained, so that nothing in ComfyUI's requirements moves them.
+RUN --mount=type=bind,from=sources,source=/ComfyUI/requirements.txt,target=/tmp/requirements.txt \
+    --mount=type=bind,source=image,target=/tmp/image \
+    /ComfyUI/.venv/bin/pip install --no-cache-dir -c "/tmp/image/$TORCH.txt" -c /tmp/image/constraints.txt \
+        -r /tmp/requirements.txt \
+    && /ComfyUI/.venv/bin/pip check
 
 WORKDIR /opt/worker
 RUN --mount=type=bind,source=requirements.txt,target=/tmp/requirements.txt \
     python3 -m venv .venv \
     && .venv/bin/pip install --no-cache-dir --no-deps --require-hashes -r /tmp/requirements.txt
 
-COPY --from=comfyui-source /ComfyUI /ComfyUI
+# What many custom nodes use beside Python: OpenCV needs libgl1 and libglib2.0-0, video nodes the program ffmpeg. 470 MB,
+# so only where there are custom nodes.
+ARG CUSTOM_NODE_PACKAGES="ffmpeg libgl1 libglib2.0-0"
+# hadolint ignore=DL3008,SC2086
+RUN --mount=type=bind,from=sources,source=/custom_nodes,target=/tmp/custom_nodes \
+    --mount=type=bind,source=image,target=/tmp/image \
+    if [ -n "$(ls -A /tmp/custom_nodes)" ]; then \
+        apt-get update \
+        && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $CUSTOM_NODE_PACKAGES \
+        && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*; \
+    fi \
+    && bash /tmp/image/custom_nodes.sh install /tmp/custom_nodes --no-cache-dir \
+        -c "/tmp/image/$TORCH.txt" -c /tmp/image/constraints.txt
+
+COPY --from=sources /ComfyUI /ComfyUI
+COPY --from=sources /custom_nodes /ComfyUI/custom_nodes
+RUN --mount=type=bind,source=image,target=/tmp/image \
+    bash /tmp/image/custom_nodes.sh check /ComfyUI
 COPY --chmod=755 start.sh ./
 COPY rp_handler.py utils.py ./
 COPY worker ./worker
@@ -70,8 +97,14 @@ RUN .venv/bin/python -m compileall -q rp_handler.py utils.py worker
 # What CUDA base images set: which devices the host's container runtime mounts, and what of its driver.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
+LABEL org.opencontainers.image.title="comfy-endpoint" \
+      org.opencontainers.image.description="ComfyUI workflows on RunPod, as a serverless worker or as a pod" \
+      org.opencontainers.image.licenses="MIT AND GPL-3.0-or-later"
 # SSH. ComfyUI listens on 127.0.0.1 only.
 EXPOSE 22
+# ComfyUI answers. RunPod looks at pings instead. The start period covers a start that downloads models (BOOT_TIMEOUT_S).
+HEALTHCHECK --interval=30s --timeout=10s --start-period=30m --retries=3 \
+    CMD ["bash", "-c", "source /opt/worker/start.sh && is_healthy"]
 ENTRYPOINT ["tini", "--", "/opt/worker/start.sh"]
 
 
@@ -79,6 +112,7 @@ ENTRYPOINT ["tini", "--", "/opt/worker/start.sh"]
 # MODELS this is the base.
 FROM base AS baked
 ARG MODELS=
+ARG HF_ENDPOINT=https://huggingface.co
 RUN --mount=type=secret,id=HF_TOKEN \
     if [ -f /run/secrets/HF_TOKEN ]; then HF_TOKEN=$(cat /run/secrets/HF_TOKEN); export HF_TOKEN; fi \
-    && MODELS="$MODELS" .venv/bin/python utils.py
+    && .venv/bin/python utils.py

@@ -4,6 +4,8 @@ PY = .venv/bin/python
 PARALLEL = -n 6 --dist loadgroup
 CLIENT = $(PY) client.py --url {url} --workflow workflows/one_image.json --img workflows/photos/coffee.jpg
 
+SCRIPTS = start.sh image/custom_nodes.sh image/lock.sh local/venv.sh .ci/run
+
 .PHONY: demo up test faults soak thorough bench lint mutants lock clean
 
 demo: .venv/.installed ## one photograph through the whole stack; the picture lands in output/
@@ -35,7 +37,9 @@ lint: .venv/.installed-dev
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
-	@.venv/bin/shellcheck start.sh local/venv.sh .ci/run
+	@.venv/bin/shellcheck $(SCRIPTS)
+	@.venv/bin/shfmt -i 4 -ci -d $(SCRIPTS)
+	@.venv/bin/hadolint Dockerfile
 
 mutants: .venv/.installed-dev ## takes out the nonce, the fsync, the wipe, ...: each time a test must turn red
 	@$(PY) -m tests.mutants

@@ -306,6 +306,10 @@ def wait_until_ready(worker: Worker) -> None:
     started = time.monotonic()
     worker.server.wait_ready(worker.config.boot_timeout_s)
     log.info("ComfyUI answers after %.1f s", time.monotonic() - started)
+    if worker.config.require_gpu and not worker.comfyui.sees_gpu():
+        raise ComfyUIUnavailable(
+            "ComfyUI sees no GPU: choose one for the endpoint, or set REQUIRE_GPU=0 to compute on the processor."
+        )
     settled = worker.config.ramdisk_dir / "run" / "models-settled"
     while not settled.exists():
         if time.monotonic() - started > worker.config.boot_timeout_s:

@@ -42,15 +42,17 @@ setup_environment() {
     : "${COMFYUI_PYTHON:=$COMFYUI_DIR/.venv/bin/python}" "${WORKER_PYTHON:=$WORKER_DIR/.venv/bin/python}"
     : "${COMFYUI_MAX_DEATHS:=3}" "${RAMDISK_DIR:=/dev/shm/comfyui}" "${RAMDISK_MIN_MB:=256}" "${API_NODES:=0}"
     : "${MODELS:=}" "${MODELS_FILE:=}" "${VOLUME_DIRS:=/runpod-volume:/workspace}" "${PREFETCH_FRACTION:=0.5}"
-    : "${PUBLIC_KEY:=}" "${SSH_PORT:=22}" "${SSH_DIR:=/etc/ssh/comfy-endpoint}"
+    : "${PUBLIC_KEY:=}" "${SSH_PORT:=22}" "${SSH_DIR:=/run/comfy-endpoint-ssh}"
+    : "${SSH_PERMIT_OPEN:=127.0.0.1:$COMFYUI_PORT}"
     if [[ -z ${MODE:-} ]]; then
         if [[ -n ${RUNPOD_WEBHOOK_GET_JOB:-} ]]; then MODE=serverless; else MODE=pod; fi
     fi
+    if [[ $MODE == serverless ]]; then : "${REQUIRE_GPU:=1}"; else : "${REQUIRE_GPU:=0}"; fi
     local name
     for name in COMFYUI_DIR COMFYUI_PYTHON WORKER_PYTHON RAMDISK_DIR; do # a relative path would mean another after cd
         [[ ${!name} != */* || ${!name} == /* ]] || printf -v "$name" '%s/%s' "$PWD" "${!name}"
     done
-    export COMFYUI_DIR COMFYUI_PORT RAMDISK_DIR MODELS MODELS_FILE VOLUME_DIRS PREFETCH_FRACTION
+    export COMFYUI_DIR COMFYUI_PORT RAMDISK_DIR MODELS MODELS_FILE VOLUME_DIRS PREFETCH_FRACTION REQUIRE_GPU
     ulimit -c 0 # a crash must not write a job's memory to a disk
     # Our own checks say what is wrong; the SDK's would end the worker over a full model disk or a closed network.
     export RUNPOD_SKIP_AUTO_SYSTEM_CHECKS=true RUNPOD_SKIP_GPU_CHECK=true
@@ -66,6 +68,9 @@ setup_environment() {
     for name in COMFYUI_PORT COMFYUI_MAX_DEATHS RAMDISK_MIN_MB SSH_PORT; do
         [[ ${!name} =~ ^[0-9]{1,9}$ ]] || die 2 "$name is '${!name}'; set it to a whole number."
     done
+    [[ $REQUIRE_GPU == [01] ]] || die 2 "REQUIRE_GPU is '$REQUIRE_GPU'; set it to 0 or 1."
+    [[ $SSH_PERMIT_OPEN =~ ^(any|[A-Za-z0-9.*:[-]+:([0-9]+|\*)(\ [A-Za-z0-9.*:[-]+:([0-9]+|\*))*)$ ]] ||
+        die 2 "SSH_PERMIT_OPEN is '$SSH_PERMIT_OPEN'; set it to HOST:PORT, several with a blank between, or to any."
     [[ -f $COMFYUI_DIR/main.py ]] || die 2 "There is no ComfyUI in COMFYUI_DIR=$COMFYUI_DIR (no main.py)."
     command -v -- "$COMFYUI_PYTHON" >/dev/null || die 2 "COMFYUI_PYTHON=$COMFYUI_PYTHON is no program."
     command -v -- "$WORKER_PYTHON" >/dev/null || die 2 "WORKER_PYTHON=$WORKER_PYTHON is no program."
@@ -77,6 +82,14 @@ setup_environment() {
 # usage: is_listening   true when something accepts connections on ComfyUI's port
 is_listening() {
     (exec 3<>"/dev/tcp/127.0.0.1/$COMFYUI_PORT") 2>/dev/null
+}
+
+# usage: is_healthy   for the HEALTHCHECK: ComfyUI answers within 5 s
+is_healthy() {
+    local status
+    exec 3<>"/dev/tcp/127.0.0.1/${COMFYUI_PORT:-8188}" || return 1
+    printf 'GET /system_stats HTTP/1.0\r\n\r\n' >&3
+    read -rt 5 status <&3 && [[ $status == "HTTP/1."?" 200 "* ]]
 }
 
 # usage: claim_ramdisk   the directories, the marker without which nothing is ever wiped, and a lock
@@ -115,23 +128,48 @@ wipe_ramdisk() {
 # usage: start_sshd   only with PUBLIC_KEY: keys only, forwarding to ComfyUI only; a failure is a warning
 start_sshd() {
     [[ -n $PUBLIC_KEY ]] || return 0
-    local sshd # sshd starts itself again for each connection, and wants to be called by its full path
+    local sshd keys fingerprint
+    # sshd starts itself again for each connection, and wants to be called by its full path
     if ! sshd=$(PATH=$PATH:/usr/sbin command -v sshd); then
         log WARNING "PUBLIC_KEY is set, but there is no sshd; no SSH."
         return 0
     fi
-    if ! write_ssh_files 2>/dev/null; then
-        log WARNING "The files of sshd cannot be written to SSH_DIR=$SSH_DIR; no SSH."
+    keys=$(good_keys)
+    if [[ -z $keys ]]; then
+        log WARNING "PUBLIC_KEY has no usable key; set it to what ~/.ssh/id_ed25519.pub holds. No SSH."
         return 0
     fi
-    log INFO "SSH on port $SSH_PORT, host key $(ssh-keygen -l -f "$SSH_DIR/host_key.pub" | cut -d' ' -f2)."
-    "$sshd" -D -e -f "$SSH_DIR/sshd_config" &
+    if ! write_ssh_files "$keys" 2>/dev/null; then
+        log WARNING "The files of sshd cannot be written to SSH_DIR=$SSH_DIR and /run/sshd; no SSH."
+        return 0
+    fi
+    fingerprint=$(ssh-keygen -l -f "$SSH_DIR/host_key.pub" | cut -d' ' -f2)
+    log INFO "SSH on port $SSH_PORT for $(wc -l <<<"$keys") keys, host key $fingerprint."
+    "$sshd" -D -e -f "$SSH_DIR/sshd_config" 2> >(while IFS= read -r line; do log INFO "sshd: ${line%$'\r'}"; done) &
     sshd_pid=$!
 }
 
-# usage: write_ssh_files   keys and configuration; false where any of them cannot be written
+# usage: good_keys   the lines of PUBLIC_KEY that are keys; says which are not, but not what they hold: it may be a
+#                    private key
+good_keys() {
+    local line number=0
+    while IFS= read -r line; do
+        number=$((number + 1)) line=${line//$'\r'/}
+        [[ ! $line =~ ^[[:space:]]*(#|$) ]] || continue
+        if [[ $line == *"PRIVATE KEY"* ]]; then
+            log WARNING "PUBLIC_KEY has a private key; set it to the .pub file beside it, and make a new key pair."
+            break
+        elif ssh-keygen -l -f /dev/stdin <<<"$line" >/dev/null 2>&1; then
+            printf '%s\n' "$line"
+        else
+            log WARNING "Line $number of PUBLIC_KEY is no public key; it is left out."
+        fi
+    done <<<"$PUBLIC_KEY"
+}
+
+# usage: write_ssh_files KEYS   keys and configuration; false where any of them cannot be written
 write_ssh_files() {
-    (umask 077 && mkdir -p -- "$SSH_DIR" /run/sshd && printf '%s\n' "${PUBLIC_KEY//$'\r'/}" >"$SSH_DIR/authorized_keys") &&
+    (umask 077 && mkdir -p -- "$SSH_DIR" /run/sshd && printf '%s\n' "$1" >"$SSH_DIR/authorized_keys") &&
         # Made at boot: a key inside the image would be the same, and known, on every machine.
         { [[ -e $SSH_DIR/host_key ]] || ssh-keygen -q -t ed25519 -N '' -f "$SSH_DIR/host_key"; } &&
         cat >"$SSH_DIR/sshd_config" <<CONFIG
@@ -139,16 +177,31 @@ Port $SSH_PORT
 HostKey $SSH_DIR/host_key
 AuthorizedKeysFile $SSH_DIR/authorized_keys
 PidFile none
+LoginGraceTime 30
+AllowUsers root
 PermitRootLogin prohibit-password
 AuthenticationMethods publickey
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 AllowTcpForwarding local
-PermitOpen 127.0.0.1:$COMFYUI_PORT
+PermitOpen $SSH_PERMIT_OPEN
+AllowStreamLocalForwarding no
 AllowAgentForwarding no
+PermitTunnel no
 X11Forwarding no
 Subsystem sftp internal-sftp
+$(session_environment)
 CONFIG
+}
+
+# usage: session_environment   for sshd_config: what utils.py reads, for people who come by SSH; no secrets
+session_environment() {
+    local name value settings=''
+    for name in COMFYUI_DIR RAMDISK_DIR VOLUME_DIRS MODELS_FILE MODELS; do
+        value=${!name//[$'\r\n']/,}
+        [[ $value == *[\"\\]* ]] || settings+=" \"$name=$value\""
+    done
+    printf 'SetEnv%s' "$settings" # sshd takes only the first line of them
 }
 
 # usage: note FILE WORD...   one line for the handler, which must never read half of it; false on a full RAM disk
@@ -205,6 +258,11 @@ on_models_end() {
     touch -- "$RAMDISK_DIR/run/models-settled"
 }
 
+# usage: has_gpu   whether the container's runtime has given it an NVIDIA GPU (or WSL one), or an AMD one
+has_gpu() {
+    [[ -e /dev/nvidiactl || -e /dev/dxg || -e /dev/kfd ]]
+}
+
 # usage: start_comfyui   on 127.0.0.1 always, with its files on the RAM disk and without the worker's secrets
 start_comfyui() {
     local log_file=$RAMDISK_DIR/run/comfyui.log args
@@ -215,6 +273,10 @@ start_comfyui() {
         --temp-directory "$RAMDISK_DIR" # ComfyUI appends /temp
         --user-directory "$RAMDISK_DIR/user" --database-url sqlite:///:memory:
     )
+    if [[ $REQUIRE_GPU == 0 ]] && ! has_gpu; then # a torch for CUDA does not start without
+        log INFO "There is no GPU; ComfyUI computes on the processor."
+        args+=(--cpu)
+    fi
     [[ $API_NODES == 1 ]] || args+=(--disable-api-nodes) # a second of boot (0.18.1)
     [[ ! -s $RAMDISK_DIR/run/extra_model_paths.yaml ]] ||
         args+=(--extra-model-paths-config "$RAMDISK_DIR/run/extra_model_paths.yaml")
@@ -282,12 +344,26 @@ on_comfyui_death() {
     if ! said_of_this_start listened; then # else it may hold a caller's words
         tail -c "+$log_start" -- "$RAMDISK_DIR/run/comfyui.log" | tail -n 20 >&2
     fi
-    [[ -e $RAMDISK_DIR/run/listened ]] || die 1 "ComfyUI died while booting; the end of its log is above."
+    [[ -e $RAMDISK_DIR/run/listened ]] || die 1 "ComfyUI died while booting; the end of its log is above.$(boot_advice)"
     deaths=$((deaths + 1))
     ((deaths < COMFYUI_MAX_DEATHS)) || die 1 "ComfyUI died $deaths times without finishing a job; giving up."
     wipe_ramdisk temp || true # a start of ComfyUI removes what is there, without zeros (main.py, 0.18.1)
     log INFO "Starting ComfyUI again."
     start_comfyui
+}
+
+# usage: boot_advice   what to set, where the log of a boot shows a known cause (messages of torch 2.10 and argparse)
+boot_advice() {
+    case $(tail -c "+$log_start" -- "$RAMDISK_DIR/run/comfyui.log") in
+        *"driver on your system is too old"*)
+            printf ' Allow only hosts with a newer CUDA version in the settings of the endpoint, or build with an older TORCH.'
+            ;;
+        *"Found no NVIDIA driver"* | *"No CUDA GPUs are available"* | *"not compiled with CUDA"*)
+            printf ' It found no GPU: choose one for the endpoint, or set REQUIRE_GPU=0 to compute on the processor.'
+            ;;
+        *"main.py: error: "*) printf ' It does not take a flag of COMFYUI_ARGS.' ;;
+        *ModuleNotFoundError*) printf ' COMFYUI_PYTHON=%s lacks a package.' "$COMFYUI_PYTHON" ;;
+    esac
 }
 
 # usage: supervise   returns never: the handler's end is the container's end
@@ -321,7 +397,7 @@ has_ended() {
 # usage: on_handler_end EXIT_CODE   the end of the container, in whatever way
 on_handler_end() {
     local code=$1
-    ((code != 143 || !stopping)) || code=0 # it had not yet taken SIGTERM over
+    ((code != 143 || ! stopping)) || code=0 # it had not yet taken SIGTERM over
     ((code == 0)) || log ERROR "The handler ended with code $code."
     exit "$code"
 }

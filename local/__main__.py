@@ -137,11 +137,10 @@ def worker_settings(environ: Mapping[str, str], platform_url: str, api_key: str)
         "COMFYUI_PORT": str(free_port()),
         "RAMDISK_DIR": ramdisk_dir,
         "WORKER_PYTHON": sys.executable,
+        "REQUIRE_GPU": "0",
     }
     if "COMFYUI_DIR" not in environ:
         settings |= {"COMFYUI_DIR": str(ROOT / "local" / "comfyui"), "COMFYUI_PYTHON": sys.executable}
-    if not Path("/dev/nvidiactl").exists():
-        settings["COMFYUI_ARGS"] = "--cpu"
     platform = worker_environment(platform_url, ENDPOINT, api_key, worker_id)
     # The SDK prefers a key from ~/.runpod/config.toml to the one in its environment, so it gets another home.
     return {**settings, **environ, **platform, "MODE": "serverless", "HOME": f"{ramdisk_dir}/user"}

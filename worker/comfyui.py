@@ -42,6 +42,10 @@ class ComfyUI:
         self._classes: dict[tuple[int, str], _NodeClass] = {}
         self._refusing: set[tuple[int, str]] = set()
 
+    def sees_gpu(self) -> bool:
+        """Whether ComfyUI computes on anything but the processor."""
+        return any(device["type"] != "cpu" for device in self._get_json("/system_stats")["devices"])
+
     # --- the queue ---
 
     def queued_ids(self, timeout_s: float = HTTP_TIMEOUT_S) -> tuple[list[str], list[str]]:

@@ -28,6 +28,7 @@ class Config:
     url_input_limit_bytes: int
     url_input_timeout_s: float
     restart_comfyui_each_job: bool
+    require_gpu: bool
     log_level: str
     bucket: BucketSettings | None
 
@@ -57,6 +58,7 @@ class Config:
             ),
             url_input_timeout_s=_required(environ, "URL_INPUT_TIMEOUT_S", 60, least=0.1, most=86_400),
             restart_comfyui_each_job=restart == "each-job",
+            require_gpu=_flag(environ, "REQUIRE_GPU"),  # start.sh has set it
             log_level=level,
             bucket=_bucket(environ),
         )

@@ -239,7 +239,7 @@ def boot_platform(log_path: Path, *options: str) -> Iterator[Platform]:
 def start_worker(platform: Platform, log_path: Path, **settings: str) -> Iterator[Driver]:
     """A worker that has just been started: nothing of it is up yet."""
     if more := fault_arguments(log_path.parent):
-        settings.setdefault("COMFYUI_ARGS", " ".join(["--cpu", *more]))
+        settings.setdefault("COMFYUI_ARGS", " ".join(more))
     with log_path.open("w") as log_file, running_worker(platform, own_environ(**settings), log_file) as worker:
         driver = Driver(platform, worker, log_path)
         try:

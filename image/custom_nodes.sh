@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Custom nodes, and the first start of ComfyUI, while the image is built. What fails here fails the build.
+#
+#   custom_nodes.sh fetch LIST FOLDER          the repositories of LIST (custom_nodes.txt), without their history
+#   custom_nodes.sh install FOLDER OPTION...   what they require, with these options of pip, into ComfyUI's environment
+#   custom_nodes.sh check COMFYUI_DIR          starts ComfyUI once, without a GPU, and ends it: everything is imported
+set -Eeuo pipefail
+
+# usage: die MESSAGE...
+die() {
+    printf 'ERROR: %s\n' "$*" >&2
+    exit 1
+}
+
+# usage: fetch LIST FOLDER
+fetch() {
+    local list=$1 folder=$2 line repository commit name
+    while read -r line || [[ -n $line ]]; do
+        line=${line%%#*} line=${line//[$' \t\r']/}
+        [[ -n $line ]] || continue
+        [[ $line =~ ^(.+)@([0-9a-f]{40})$ ]] ||
+            die "custom_nodes.txt: '$line' is not REPOSITORY@COMMIT with all 40 digits of the commit."
+        repository=${BASH_REMATCH[1]} commit=${BASH_REMATCH[2]}
+        name=$(basename -- "$repository" .git)
+        [[ ! -e $folder/$name ]] || die "custom_nodes.txt has $name twice."
+        git init -q "$folder/$name"
+        ( # fetch, because clone takes no commit
+            cd -- "$folder/$name"
+            git fetch -q --depth 1 "$repository" "$commit" || die "$repository has no commit $commit that can be fetched."
+            git checkout -q FETCH_HEAD
+            git submodule --quiet update --init --recursive --depth 1
+            find . -name .git -prune -exec rm -rf {} +
+        )
+    done <"$list"
+}
+
+# usage: install FOLDER OPTION...
+install() {
+    local node folder=$1
+    shift
+    for node in "$folder"/*/; do
+        [[ -d $node ]] || continue # there is none
+        if [[ -f $node/requirements.txt ]]; then
+            /ComfyUI/.venv/bin/pip install --no-cache-dir "$@" -r "$node/requirements.txt" ||
+                die "The requirements of $(basename -- "$node") cannot be installed (above)."
+        fi
+    done
+}
+
+# usage: check COMFYUI_DIR
+check() {
+    local data log node failed=''
+    cd -- "$1"
+    data=$(mktemp -d)
+    log=$data/log
+    PYTHONDONTWRITEBYTECODE=1 "${COMFYUI_PYTHON:-.venv/bin/python}" main.py --cpu --quick-test-for-ci \
+        --disable-auto-launch --database-url sqlite:///:memory: --user-directory "$data" --temp-directory "$data" \
+        --input-directory "$data" --output-directory "$data" >"$log" 2>&1 || failed='ComfyUI does not start'
+    for node in custom_nodes/*/; do
+        node=$(basename -- "$node")
+        [[ $node != __pycache__ && $node != '*' ]] || continue
+        # "   0.1 seconds (IMPORT FAILED): /ComfyUI/custom_nodes/NAME" (nodes.py, 0.18.1)
+        grep -qE "seconds: .*/custom_nodes/$node\$" "$log" || failed=${failed:-"ComfyUI cannot import $node"}
+    done
+    [[ -z $failed ]] || cat -- "$log" >&2
+    rm -rf -- "$data"
+    [[ -z $failed ]] || die "$failed (above)."
+}
+
+"$@"
