@@ -286,6 +286,7 @@ start_comfyui() {
     (
         cd -- "$COMFYUI_DIR"
         unset "${!RUNPOD_@}" "${!BUCKET_@}" "${!AWS_@}" HF_TOKEN HUGGING_FACE_HUB_TOKEN PUBLIC_KEY
+        umask 077 # it makes its temp directory anew (main.py, 0.18.1)
         export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 # a checkout is never changed; the log is never late
         # Where memory runs out, the kernel takes ComfyUI before the handler, which can then say so.
         { echo 500 >/proc/self/oom_score_adj; } 2>/dev/null || true
