@@ -72,7 +72,8 @@ setup_environment() {
         [[ ${!name} == [01] ]] || die 2 "$name is '${!name}'; set it to 0 or 1."
     done
     [[ $COMFYUI_LOG == boot || $COMFYUI_LOG == stdout ]] || die 2 "COMFYUI_LOG is '$COMFYUI_LOG'; set it to boot or stdout."
-    [[ $SSH_PERMIT_OPEN =~ ^(any|[A-Za-z0-9.*:[-]+:([0-9]+|\*)(\ [A-Za-z0-9.*:[-]+:([0-9]+|\*))*)$ ]] ||
+    local place='[][A-Za-z0-9_.*:-]+:([0-9]+|\*)'
+    [[ $SSH_PERMIT_OPEN =~ ^(any|$place( $place)*)$ ]] ||
         die 2 "SSH_PERMIT_OPEN is '$SSH_PERMIT_OPEN'; set it to HOST:PORT, several with a blank between, or to any."
     [[ -f $COMFYUI_DIR/main.py ]] || die 2 "There is no ComfyUI in COMFYUI_DIR=$COMFYUI_DIR (no main.py)."
     command -v -- "$COMFYUI_PYTHON" >/dev/null || die 2 "COMFYUI_PYTHON=$COMFYUI_PYTHON is no program."
@@ -87,12 +88,13 @@ is_listening() {
     (exec 3<>"/dev/tcp/127.0.0.1/$COMFYUI_PORT") 2>/dev/null
 }
 
-# usage: is_healthy   for the HEALTHCHECK: ComfyUI answers within 5 s
+# usage: is_healthy   for the HEALTHCHECK, whose timeout ends it where even the connection hangs
 is_healthy() {
     local status
     exec 3<>"/dev/tcp/127.0.0.1/${COMFYUI_PORT:-8188}" || return 1
     printf 'GET /system_stats HTTP/1.0\r\n\r\n' >&3
-    read -rt 5 status <&3 && [[ $status == "HTTP/1."?" 200 "* ]]
+    read -rt 5 status <&3 || return 1
+    [[ $status == "HTTP/1."?" 200 "* ]]
 }
 
 # usage: claim_ramdisk   the directories, the marker without which nothing is ever wiped, and a lock
@@ -200,9 +202,11 @@ CONFIG
 # usage: session_environment   for sshd_config: what utils.py reads, for people who come by SSH; no secrets
 session_environment() {
     local name value settings=''
-    for name in COMFYUI_DIR RAMDISK_DIR VOLUME_DIRS MODELS_FILE MODELS; do
-        value=${!name//[$'\r\n']/,}
-        [[ $value == *[\"\\]* ]] || settings+=" \"$name=$value\""
+    for name in COMFYUI_DIR RAMDISK_DIR VOLUME_DIRS MODELS_FILE MODELS DOWNLOAD_TO HOST_CACHE_DIR \
+        HF_ENDPOINT HF_HUB_OFFLINE HF_HOME HF_HUB_CACHE; do
+        [[ -n ${!name:-} ]] || continue
+        value=$(sed -E 's/(^|[[:space:]])#.*//' <<<"${!name}" | tr '\r\n' ,) # MODELS may have lines, and comments
+        [[ $value == *[\"\\]* ]] || settings+=" \"$name=${value%,}\""
     done
     printf 'SetEnv%s' "$settings" # sshd takes only the first line of them
 }
@@ -360,9 +364,9 @@ on_comfyui_death() {
     start_comfyui
 }
 
-# usage: boot_advice   what to set, where the log of a boot shows a known cause (messages of torch 2.10 and argparse)
+# usage: boot_advice   what to set, where a boot ended with a known message (of torch 2.10, of argparse)
 boot_advice() {
-    case $(tail -c "+$log_start" -- "$RAMDISK_DIR/run/comfyui.log") in
+    case $(tail -c "+$log_start" -- "$RAMDISK_DIR/run/comfyui.log" | grep . | tail -n 1) in
         *"driver on your system is too old"*)
             printf ' Allow only hosts with a newer CUDA version in the settings of the endpoint, or build with an older TORCH.'
             ;;

@@ -57,8 +57,10 @@ check() {
     for node in custom_nodes/*/; do
         node=$(basename -- "$node")
         [[ $node != __pycache__ && $node != '*' ]] || continue
-        # "   0.1 seconds (IMPORT FAILED): /ComfyUI/custom_nodes/NAME" (nodes.py, 0.18.1)
-        grep -qE "seconds: .*/custom_nodes/$node\$" "$log" || failed=${failed:-"ComfyUI cannot import $node"}
+        # "   0.1 seconds (IMPORT FAILED): /ComfyUI/custom_nodes/NAME" (nodes.py, 0.18.1). Before that heading stand the
+        # same lines about prestartup_script.py.
+        sed '1,/^Import times for custom nodes:/d' "$log" | grep -E "seconds: .*/custom_nodes/$node\$" >/dev/null ||
+            failed=${failed:-"ComfyUI cannot import $node"}
     done
     [[ -z $failed ]] || cat -- "$log" >&2
     rm -rf -- "$data"

@@ -41,6 +41,8 @@ RAMDISK = "tests/process/test_faults_ramdisk.py"
 PRIVACY = "tests/process/test_privacy.py"
 PAYLOAD = "tests/process/test_faults_payload.py"
 RESULTS = "tests/process/test_faults_results.py"
+START_SH = "tests/process/test_start_sh.py"
+CUSTOM_NODES = "tests/process/test_custom_nodes.py"
 
 MUTANTS = [
     Mutant("nonce", "worker/run.py", ", NONCE_INPUT: nonce}", "}", f"{MAIN} -k word_for_word"),
@@ -180,6 +182,32 @@ MUTANTS = [
     Mutant("models: SIGTERM ends downloads", "worker/models/download.py", "        stop.set()\n", "", "tests/process/test_utils_downloads.py"),
     Mutant("models: the network volume is given to ComfyUI", "start.sh", "[[ ! -s $RAMDISK_DIR/run/extra_model_paths.yaml ]] ||", "true ||", "tests/process/test_models_boot.py"),
     Mutant("models: the prefetch ends with its share", "worker/models/prefetch.py", "if limit_bytes <= 0:", "if False:", "tests/unit/test_models_prefetch.py tests/process/test_utils_models.py"),
+    Mutant("SSH: a line that is no key", "start.sh", 'elif ssh-keygen -l -f /dev/stdin <<<"$line" >/dev/null 2>&1; then', "elif true; then", f"{START_SH} -k named_by_its_number"),
+    Mutant("SSH: what a bad line holds is not said", "start.sh", 'log WARNING "Line $number of PUBLIC_KEY is', 'log WARNING "Line $number of PUBLIC_KEY ($line) is', f"{START_SH} -k private_key"),
+    Mutant("SSH: a private key is known as one", "start.sh", 'if [[ $line == *"PRIVATE KEY"* ]]; then', "if false; then", f"{START_SH} -k private_key"),
+    Mutant("SSH: where it may forward to", "start.sh", "PermitOpen $SSH_PERMIT_OPEN", "PermitOpen any", f"{START_SH} -k ssh_forwards"),
+    Mutant("SSH: no other setting with where it may forward to", "start.sh", "[[ $SSH_PERMIT_OPEN =~", "true || [[ $SSH_PERMIT_OPEN =~", f"{START_SH} -k no_other_setting"),
+    Mutant("SSH: root only", "start.sh", "AllowUsers root\n", "", f"{START_SH} -k only_root"),
+    Mutant("SSH: no secret in a session", "start.sh", "for name in COMFYUI_DIR RAMDISK_DIR VOLUME_DIRS MODELS_FILE MODELS; do", "for name in COMFYUI_DIR RAMDISK_DIR VOLUME_DIRS MODELS_FILE MODELS HF_TOKEN; do", f"{START_SH} -k ssh_session_knows"),
+    Mutant("GPU: required of a serverless worker", "start.sh", ': "${REQUIRE_GPU:=1}"', ': "${REQUIRE_GPU:=0}"', f"{START_SH} -k gpu_is_required"),
+    Mutant("GPU: a worker without", "rp_handler.py", "if worker.config.require_gpu and not worker.comfyui.sees_gpu():", "if False:", f"{START_SH} -k takes_no_job"),
+    Mutant("GPU: the processor is none", "worker/comfyui.py", 'any(device["type"] != "cpu" for', "any(True for", f"{START_SH} -k takes_no_job"),
+    Mutant("GPU: the processor without one", "start.sh", "args+=(--cpu)", "true", f"{START_SH} -k computes_on"),
+    Mutant("GPU: never the processor where one is required", "start.sh", "if [[ $REQUIRE_GPU == 0 ]] && ! has_gpu; then", "if ! has_gpu; then", f"{START_SH} -k computes_on"),
+    Mutant("boot advice", "start.sh", "is above.$(boot_advice)", "is above.", f"{START_SH} -k what_to_do"),
+    Mutant("boot advice: of this start", "start.sh", 'case $(tail -c "+$log_start"', "case $(tail -c +1", f"{START_SH} -k last_start_but_one"),
+    Mutant("health check: the status", "start.sh", '[[ $status == "HTTP/1."?" 200 "* ]]', "[[ -n $status ]]", f"{START_SH} -k health_is"),
+    Mutant("health check: its deadline", "start.sh", "read -rt 5 status", "read -r status", f"{START_SH} -k does_not_answer"),
+    Mutant("custom nodes: a failed import", "image/custom_nodes.sh", 'grep -E "seconds: ', 'grep -E "seconds.*: ', f"{CUSTOM_NODES} -k cannot_be_imported"),
+    Mutant("custom nodes: a script before the start is no import", "image/custom_nodes.sh", "sed '1,/^Import times for custom nodes:/d'", "cat", f"{CUSTOM_NODES} -k before_the_start"),
+    Mutant("custom nodes: a ComfyUI that does not start", "image/custom_nodes.sh", "|| failed='ComfyUI does not start'", "|| true", f"{CUSTOM_NODES} -k comfyui_that_does_not_start"),
+    Mutant("custom nodes: why is shown", "image/custom_nodes.sh", '[[ -z $failed ]] || cat -- "$log" >&2', "true", f"{CUSTOM_NODES} -k cannot_be_imported"),
+    Mutant("custom nodes: the check leaves the checkout alone", "image/custom_nodes.sh", "TMPDIR=$data PYTHONDONTWRITEBYTECODE=1", "TMPDIR=$data", f"{CUSTOM_NODES} -k can_be_imported_pass"),
+    Mutant("custom nodes: whole commits only", "image/custom_nodes.sh", "@([0-9a-f]{40})$", "@(.+)$", f"{CUSTOM_NODES} -k whole_commit"),
+    Mutant("custom nodes: one of a name", "image/custom_nodes.sh", "[[ ! -e $folder/$name ]]", "true", f"{CUSTOM_NODES} -k one_name"),
+    Mutant("custom nodes: no history", "image/custom_nodes.sh", "find . -name .git -prune -exec rm -rf {} +", "rm -rf .git", f"{CUSTOM_NODES} -k history"),
+    Mutant("build context: no bytecode", ".dockerignore", "**/__pycache__\n", "", "tests/unit/test_image_files.py -k lies_about"),
+    Mutant("build context: only what is copied", ".dockerignore", "\n*\n", "\n", "tests/unit/test_image_files.py -k lies_about"),
 ]  # fmt: skip
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
-from comfyui_client import ComfyUI, boot, command, directory, empty, free_port, save
+from comfyui_client import ComfyUI, boot, command, directory, empty, fault_arguments, free_port, save
 from PIL import Image
 
 WORKFLOW = {"1": empty(), "2": save("1")}
@@ -115,3 +116,136 @@ def listing(folder: Path) -> set[tuple[str, int]]:
     """All files but Python's compiled ones, with their sizes."""
     files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     return {(str(path), path.stat().st_size) for path in files}
+
+
+# --- custom nodes, and --quick-test-for-ci, with which image/custom_nodes.sh looks at them ---
+
+NODE = "class PassedOn:\n    pass\n\n\nNODE_CLASS_MAPPINGS = {'PassedOn': PassedOn}\n"
+PACKAGES = {
+    "good/__init__.py": "from .nodes import NODE_CLASS_MAPPINGS\n",
+    "good/nodes.py": NODE,
+    "good/prestartup_script.py": "print('before the rest')\n",
+    "dots.in.name/__init__.py": NODE,
+    "raises/__init__.py": "raise RuntimeError('no luck')\n",
+    "raises/prestartup_script.py": "print('before the rest, too')\n",
+    "dots.in.name/prestartup_script.py": "raise RuntimeError('no luck before')\n",
+    "lacks_a_package/__init__.py": "import no_such_package\n",
+    "wrong_syntax/__init__.py": "def\n",
+    "no_mappings/__init__.py": "",
+    "mappings_of_none/__init__.py": "NODE_CLASS_MAPPINGS = None\n",
+    "no_init/nodes.py": NODE,
+    "single.py": NODE,
+    "single_raises.py": "raise RuntimeError('no luck either')\n",
+    "switched_off.disabled/__init__.py": "raise RuntimeError('imported nevertheless')\n",
+    "switched_off.py.disabled": "raise RuntimeError('imported nevertheless')\n",
+    "notes.txt": "no module",
+    "__pycache__/left.py": "raise RuntimeError('imported nevertheless')\n",
+}
+IMPORTED = {"good", "dots.in.name", "single.py"}
+FAILED = {
+    "raises",
+    "lacks_a_package",
+    "wrong_syntax",
+    "no_mappings",
+    "mappings_of_none",
+    "no_init",
+    "single_raises.py",
+}
+
+
+def with_packages(tmp_path: Path) -> Path:
+    """A base directory with these custom nodes."""
+    folder = tmp_path / "base" / "custom_nodes"
+    for name, content in PACKAGES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return folder
+
+
+def quick_test(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "user").mkdir()
+    # No faults: they are a package of custom nodes, too.
+    arguments = [word for word in command(tmp_path, free_port()) if word not in fault_arguments(tmp_path)]
+    arguments += ["--base-directory", str(tmp_path / "base"), "--quick-test-for-ci", *flags]
+    environ = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        arguments, cwd=directory(), env=environ, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def import_times(log: str, folder: Path, what: str = "Import") -> dict[str, str]:
+    """What is said of each name below `folder`: "" or " (IMPORT FAILED)". A name must not be listed twice."""
+    _, _, listed = log.partition(f"\n{what} times for custom nodes:\n")
+    listed = listed.partition("\n\n")[0]
+    pattern = rf"^ *\d+\.\d seconds(.*): {re.escape(str(folder))}/(.+)$"
+    found = [(name, outcome) for outcome, name in re.findall(pattern, listed, re.MULTILINE)]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_a_quick_test_imports_custom_nodes_says_which_failed_and_ends_with_0(tmp_path: Path) -> None:
+    folder = with_packages(tmp_path)
+    process = quick_test(tmp_path)
+    assert process.returncode == 0, process.stderr
+    outcomes = dict.fromkeys(IMPORTED, "") | dict.fromkeys(FAILED, " (IMPORT FAILED)")
+    assert import_times(process.stderr, folder) == outcomes
+    before = {"good": "", "raises": "", "dots.in.name": " (PRESTARTUP FAILED)"}
+    assert import_times(process.stderr, folder, "Prestartup") == before
+    assert set(process.stdout.splitlines()) >= {"before the rest", "before the rest, too"}
+    script = folder / "dots.in.name" / "prestartup_script.py"
+    assert f"\nFailed to execute startup-script: {script} / no luck before\n" in process.stderr
+    for name, reason in (
+        ("raises", "no luck"),
+        ("single_raises.py", "no luck either"),
+        ("lacks_a_package", "No module named 'no_such_package'"),
+    ):
+        assert f"\nCannot import {folder}/{name} module for custom nodes: {reason}\n" in process.stderr
+    for name in ("no_mappings", "mappings_of_none"):
+        reason = "due to the lack of NODE_CLASS_MAPPINGS or NODES_LIST (need one)."
+        assert f"\nSkip {folder}/{name} module for custom nodes {reason}\n" in process.stderr
+    assert "Traceback (most recent call last):" in process.stderr
+    assert f'File "{folder}/raises/__init__.py", line 1, in <module>' in process.stderr
+    assert "RuntimeError: no luck\n" in process.stderr
+    assert f"Cannot import {folder}/no_init module" in process.stderr
+    assert "imported nevertheless" not in process.stderr
+    assert not (tmp_path / "temp").exists()
+
+
+def test_all_but_named_custom_nodes_can_be_left_out(tmp_path: Path) -> None:
+    folder = with_packages(tmp_path)
+    process = quick_test(tmp_path, "--disable-all-custom-nodes", "--whitelist-custom-nodes", "good", "raises")
+    assert process.returncode == 0, process.stderr
+    assert import_times(process.stderr, folder) == {"good": "", "raises": " (IMPORT FAILED)"}
+    reason = "due to disable_all_custom_nodes and whitelist_custom_nodes"
+    assert f"\nSkipping lacks_a_package {reason}\n" in process.stderr
+    assert f"\nPrestartup Skipping dots.in.name {reason}\n" in process.stderr
+
+
+def test_without_custom_nodes_there_are_no_import_times(tmp_path: Path) -> None:
+    (tmp_path / "base" / "custom_nodes").mkdir(parents=True)
+    process = quick_test(tmp_path, "--disable-all-custom-nodes")
+    assert process.returncode == 0, process.stderr
+    assert "Import times for custom nodes:" not in process.stderr
+
+
+def test_custom_nodes_of_more_folders_are_imported(tmp_path: Path) -> None:
+    folder = with_packages(tmp_path)
+    (tmp_path / "others" / "more").mkdir(parents=True)
+    (tmp_path / "others" / "more" / "__init__.py").write_text(NODE)
+    config = tmp_path / "others.yaml"
+    config.write_text(f"others:\n  base_path: {tmp_path}\n  custom_nodes: others\n")
+    process = quick_test(tmp_path, "--extra-model-paths-config", str(config))
+    assert process.returncode == 0, process.stderr
+    assert import_times(process.stderr, tmp_path / "others") == {"more": ""}
+    assert set(import_times(process.stderr, folder)) == IMPORTED | FAILED
+    assert "before the rest" in process.stdout
+    assert "Prestartup times" not in process.stderr  # ComfyUI tells only those of its last folder
+
+
+def test_the_stand_in_does_not_run_the_nodes_that_it_imports(tmp_path: Path, standin_only: None) -> None:
+    with_packages(tmp_path)
+    with boot(tmp_path, "--base-directory", str(tmp_path / "base")) as server:
+        assert "IMPORT FAILED" in (tmp_path / "log").read_text()
+        assert "PassedOn" not in server.get("/object_info").json()
+        refusal = server.post("/prompt", {"prompt": {"1": {"class_type": "PassedOn", "inputs": {}}}})
+    assert refusal.status_code == 400

@@ -253,7 +253,10 @@ def test_a_dead_sshd_is_a_warning(row: Row, tmp_path: Path) -> None:
     programs.mkdir()
     (programs / "sshd").write_text("#!/bin/sh\nsleep 1\nexit 7\n")
     (programs / "sshd").chmod(0o755)
-    ssh = {"PUBLIC_KEY": "ssh-ed25519 AAAA", "SSH_DIR": str(tmp_path / "ssh")}
+    ssh = {
+        "PUBLIC_KEY": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGSpb40uabyMkaDunrvKKLi+m5ncx5xxTuGdHg86qCV1",
+        "SSH_DIR": str(tmp_path / "ssh"),
+    }
     with own_stack(tmp_path, PATH=f"{programs}:{os.environ['PATH']}", **ssh) as worker:
         wait_until(lambda: "WARNING start.sh sshd ended with code 7; no SSH any more." in worker.log(), "sshd's end")
         row.succeeds(worker.run(invert_job()))

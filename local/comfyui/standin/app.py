@@ -15,6 +15,7 @@ from typing import Any
 
 from aiohttp import web
 
+from .custom_nodes import import_custom_nodes, run_prestartup_scripts
 from .executor import Executor
 from .faults import Faults
 from .folders import Folders
@@ -33,24 +34,28 @@ _RECURSION_LIMIT = 3000
 
 
 def main(argv: list[str]) -> int:
-    """Run until SIGINT (status 0) or SIGTERM (the process ends at once, as ComfyUI's does)."""
+    """Run until SIGINT (status 0) or SIGTERM (the process ends at once, as ComfyUI's does); with --quick-test-for-ci
+    only until all is imported."""
     options = parse(argv[1:], Path(argv[0]).absolute().parent)
     stream = sys.stdout if options.log_stdout else sys.stderr
     logging.basicConfig(level=options.verbose, format="%(message)s", stream=stream)
     log.info("This is a stand-in for ComfyUI %s: its protocol and its model-free nodes.", options.like)
     sys.setrecursionlimit(_RECURSION_LIMIT)
+    extra = extra_model_folders(map(Path, itertools.chain(*options.extra_model_paths_config)))
     folders = Folders(
-        options.input_directory,
-        options.output_directory,
-        options.temp_directory,
-        options.models_directory,
-        extra_model_folders(map(Path, itertools.chain(*options.extra_model_paths_config))),
+        options.input_directory, options.output_directory, options.temp_directory, options.models_directory, extra
     )
     shutil.rmtree(folders.temp, ignore_errors=True)
     try:
         folders.temp.mkdir(parents=True)
         faults = Faults(options.user_directory, dict(os.environ))
         faults.at_boot()
+        wanted = frozenset(options.whitelist_custom_nodes) if options.disable_all_custom_nodes else None
+        node_folders = (options.custom_nodes_directory, *extra.get("custom_nodes", ()))
+        run_prestartup_scripts(node_folders, wanted)
+        import_custom_nodes(node_folders, wanted)
+        if options.quick_test_for_ci:
+            return 0
         asyncio.run(_serve(options, folders, faults))
     except KeyboardInterrupt:
         log.info("Stopped server")

@@ -29,9 +29,7 @@ _SWITCHES = (
     "disable-mmap",
     "disable-pinned-memory",
     "dont-print-server",
-    "quick-test-for-ci",
     "windows-standalone-build",
-    "disable-all-custom-nodes",
     "disable-api-nodes",
     "enable-manager",
     "multi-user",
@@ -98,6 +96,7 @@ def parse(argv: list[str], home: Path) -> argparse.Namespace:
         parser.error(f"--like (or STANDIN_LIKE) is one of {', '.join(VERSIONS)}, not {options.like}")
     base = Path(options.base_directory or home)
     options.models_directory = base / "models"
+    options.custom_nodes_directory = base.absolute() / "custom_nodes"
     # main.py 0.18.1: `temp` is a folder of its own beneath --temp-directory, emptied at every start.
     for name, given in (
         ("input", options.input_directory),
@@ -126,6 +125,9 @@ def _add_acted_on(parser: argparse.ArgumentParser) -> None:
     previews = ["none", "auto", "latent2rgb", "taesd"]
     parser.add_argument("--preview-method", choices=previews, default="none", help="none: no previews")
     parser.add_argument("--log-stdout", action="store_true", help="log to stdout; the default is stderr")
+    parser.add_argument("--quick-test-for-ci", action="store_true", help="end with status 0 instead of listening")
+    parser.add_argument("--disable-all-custom-nodes", action="store_true")
+    parser.add_argument("--whitelist-custom-nodes", nargs="+", default=[], metavar="NAME", help="imported nevertheless")
 
 
 def _add_ignored(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +144,6 @@ def _add_ignored(parser: argparse.ArgumentParser) -> None:
     ignored.add_argument("--directml", type=int, nargs="?", const=-1)
     ignored.add_argument("--async-offload", type=int, nargs="?", const=2)
     ignored.add_argument("--fast", nargs="*")
-    ignored.add_argument("--whitelist-custom-nodes", nargs="+", default=[])
     ignored.add_argument("--default-hashing-function", choices=["md5", "sha1", "sha256", "sha512"], default="sha256")
     cache = parser.add_mutually_exclusive_group()
     cache.add_argument("--cache-classic", action="store_true", help="the only cache that the stand-in has")
