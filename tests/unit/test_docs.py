@@ -1,10 +1,23 @@
-"""The documents against the tree: links lead somewhere, and the table of settings is exactly what is read."""
+"""The documents against the tree: links lead somewhere, and the tables are exactly what the code has."""
 
+import ast
 import re
-from pathlib import Path
+from dataclasses import fields
 
 import pytest
 
+from tests.documents import (
+    ROOT,
+    anchors,
+    documents,
+    first_names,
+    links,
+    make_targets,
+    names,
+    rows,
+    section,
+    text_of,
+)
 from tests.mutants import MUTANTS, Mutant
 from tests.process.fault_rows import (
     TABLE,
@@ -15,44 +28,161 @@ from tests.process.fault_rows import (
     unseen,
     with_seconds,
 )
+from worker import delivery, errors, fetch, input_files, media, media_types, payload, reencode, workflow_checks
+from worker.errors import WorkerError
+from worker.models.manifest import ModelRecord
+from worker.outputs import Output
+from worker.steps import STEPS
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [
-    "README.md",
-    "AGENTS.md",
-    "CHANGELOG.md",
-    "workflows/README.md",
-    "local/README.md",
-    "tests/process/FAULTS.md",
-]
+DOCUMENTS = documents()
+API = "docs/api.md"
+
+
+def test_the_documents_are_found() -> None:
+    expected = {"README.md", "AGENTS.md", "CHANGELOG.md", "docs/api.md"}
+    expected |= {"workflows/README.md", "tests/workflows/README.md", "local/README.md", "tests/process/FAULTS.md"}
+    assert expected <= set(DOCUMENTS)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_to_files_lead_to_files(document: str) -> None:
-    path = ROOT / document
-    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text())
-    missing = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
+def test_links_lead_to_files_and_headings(document: str) -> None:
+    path, missing = ROOT / document, []
+    for target, anchor in links(path.read_text()):
+        found = (path.parent / target).resolve() if target else path
+        is_there = found.exists() and (not anchor or anchor in anchors(found.read_text()))
+        # Outside the repository there is nothing on GitHub.
+        if not is_there or not found.is_relative_to(ROOT):
+            missing.append(f"{target}#{anchor}" if anchor else target)
     assert missing == []
 
 
+def test_headings_have_the_anchors_that_github_gives_them() -> None:
+    text = "# One job, in 7 steps\n## `MODELS`, and a [link](a.md)\n## RunPod's side\n```\n# code\n```\n"
+    expected = {"one-job-in-7-steps", "models-and-a-link", "runpods-side", "it-is_so", "it-is_so-1"}
+    assert anchors(text + "# It is_so\n# It is_so\n") == expected
+
+
+def test_links_are_found_but_not_in_code_and_not_to_other_sites() -> None:
+    text = "[a](b.md#c) `[x](y)` [d](https://e) [`f`](#g)\n```\n[h](i)\n```"
+    assert links(text) == [("b.md", "c"), ("", "g")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_make_target_named_exists(document: str) -> None:
+    assert make_targets(text_of(document)) <= set(re.findall(r"^([a-z][a-z-]*):", text_of("Makefile"), re.MULTILINE))
+
+
+def test_make_targets_are_found_in_code_and_nowhere_else() -> None:
+    text = "`make image-deps image-test` and\nmake sure, `A=b make up`\n```\nmake demo     # to make a picture\n```\n"
+    assert make_targets(text) == {"image-deps", "image-test", "up", "demo"}
+
+
 def test_the_table_of_settings_is_what_the_code_reads() -> None:
-    section = (ROOT / "README.md").read_text().split("## Environment", 1)[1].split("\n## ", 1)[0]
-    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    documented = {name for row in rows for name in re.findall(r"`([A-Z_]+)`", row)}
-    start_sh = (ROOT / "start.sh").read_text()
+    documented = set(first_names(section(text_of("README.md"), "Environment")))
+    start_sh = text_of("start.sh")
     read = set(re.findall(r'"\$\{([A-Z_]+):=', start_sh)) | set(re.findall(r"export ([A-Z_]+)=\$\{\1:-", start_sh))
-    read |= set(re.findall(r'environ(?:\.get\(|, )"([A-Z_]+)"', (ROOT / "worker/config.py").read_text()))
-    read |= set(re.findall(r'environ\.get\("([A-Z_]+)"', (ROOT / "utils.py").read_text())) | {"MODE"}
+    read |= set(re.findall(r'environ(?:\.get\(|, )"([A-Z_]+)"', text_of("worker/config.py")))
+    read |= set(re.findall(r'environ\.get\("([A-Z_]+)"', text_of("utils.py"))) | {"MODE"}
     # where Hugging Face's library looks for its cache: the two that people set are in the table
     assert documented == read - {"HOME", "XDG_CACHE_HOME", "HUGGINGFACE_HUB_CACHE"}
 
 
-@pytest.mark.parametrize("document", ["README.md", "AGENTS.md"])
-def test_every_make_target_named_exists(document: str) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"`make ([a-z]+)", (ROOT / document).read_text()))
-    assert named
-    assert named <= targets
+# --- docs/api.md ---
+
+
+def api(title: str) -> str:
+    return section(text_of(API), title)
+
+
+def codes() -> dict[str, type[WorkerError]]:
+    """Every error that is raised, by its code."""
+    classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, WorkerError)]
+    return {error.__dict__["code"]: error for error in classes if "code" in error.__dict__ and error is not WorkerError}
+
+
+def test_the_contract_has_every_input_key_and_no_other() -> None:
+    table = api("Input").partition("\n### ")[0]
+    assert sorted(first_names(table)) == sorted(payload.KNOWN_KEYS)
+    assert f"`{'`, `'.join(payload.OUTPUT_FORMATS[:-1])}` or `{payload.OUTPUT_FORMATS[-1]}`" in table
+
+
+def test_the_contract_has_every_error_code_and_no_other() -> None:
+    table = rows(api("Error codes"))
+    documented = {names(cells[0])[0]: cells for cells in table}
+    assert len(documented) == len(table)
+    assert documented.keys() == codes().keys() | {errors.internal_error()["error_code"]}
+    replaced = {code for code, cells in documented.items() if cells[-1] == "yes"}
+    assert replaced == {code for code, error in codes().items() if error.replace_worker}
+    assert {cells[3] for cells in table} == {"yes", "no", "perhaps"}
+
+
+def details_in_the_code() -> tuple[dict[str, set[str]], set[str]]:
+    """The keys of `details` that are written where an error of a class is made; and all keys, wherever they are."""
+    made: dict[str, set[str]] = {error.__name__: set() for error in codes().values()}
+    others: set[str] = set()
+    for path in [ROOT / "rp_handler.py", *(ROOT / "worker").glob("*.py")]:
+        for found in ast.walk(ast.parse(path.read_text())):
+            match found:
+                case ast.Call(func=ast.Name(id=name), keywords=given) if name in made:
+                    made[name] |= {keyword.arg for keyword in given if keyword.arg}
+                case ast.Call(func=ast.Attribute(attr="_unreachable"), keywords=given):  # of worker/fetch.py
+                    others |= {keyword.arg for keyword in given if keyword.arg}
+                case ast.Assign(
+                    targets=[ast.Subscript(value=ast.Attribute(attr="details"), slice=ast.Constant(value=str() as key))]
+                ):
+                    others.add(key)
+                case ast.Assign(targets=[ast.Name(id="details")], value=ast.Dict(keys=keys)):
+                    others |= {key.value for key in keys if isinstance(key, ast.Constant)}
+                case ast.AugAssign(target=ast.Attribute(attr="details"), value=ast.Dict(keys=keys)):
+                    others |= {key.value for key in keys if isinstance(key, ast.Constant)}
+    return made, others
+
+
+def test_the_contract_has_every_key_of_the_details_and_no_other() -> None:
+    made, others = details_in_the_code()
+    documented = {code: set(names(cells[1])) for cells in rows(api("Details")) for code in names(cells[0]) or ["any"]}
+    assert documented.keys() - {"any"} <= codes().keys()
+    lacking = {code: made[error.__name__] - documented.get(code, set()) for code, error in codes().items()}
+    assert {code: keys for code, keys in lacking.items() if keys} == {}
+    assert set().union(*documented.values()) == set().union(others, *made.values())
+
+
+def test_the_contract_has_every_key_of_an_item_and_of_a_model() -> None:
+    assert first_names(api("Items")) == list(Output("9", "a.png").item(1))
+    (models,) = [cells[1] for cells in rows(api("debug")) if cells[0] == "`models`"]
+    assert names(models)[1:] == [field.name for field in fields(ModelRecord)]  # the first is MODELS
+
+
+def test_the_contract_has_the_lists_and_steps_of_a_result() -> None:
+    table = api("Result").partition("\n### ")[0]
+    categories = {media_types.category_of(f"{kind}/x") for kind in ("image", "video", "audio", "model")}
+    assert categories < set(first_names(table))
+    (steps,) = [cells[1] for cells in rows(table) if cells[0] == "`timings_ms`"]
+    assert [name for name in names(steps) if name != "debug"] == list(STEPS)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        f"at most {payload.MAX_TIMEOUT_S:,}",
+        f"the first {payload.MAX_NAMED_KEYS} are named",
+        f"| levels of nesting, of the whole input | {payload.MAX_NESTING} |",
+        f"| characters of a node's id, and of its class | {payload.MAX_ID_CHARS} |",
+        f"| different classes | {payload.MAX_CLASSES:,} |",
+        f"| nodes that depend on one another in a row | {workflow_checks.MAX_CHAIN} |",
+        f"8 parts of {input_files.MAX_NAME_BYTES} bytes",
+        f"{media.MAX_PIXELS:,} pixels, and {', '.join(media.FORMATS[:-1])} or {media.FORMATS[-1]}.",
+        f"each of at most {fetch.MAX_REDIRECTS} redirects",
+        f"{reencode.DEFAULT_QUALITY} where it is not given",
+        "above {:g} and {:g} MB".format(*(delivery.result_limit_bytes(job, None) / 1e6 for job in ("a", "sync-a"))),
+        f"the largest first, at most {delivery.MAX_LISTED_FILES}",
+    ],
+)
+def test_the_limits_of_the_contract_are_those_of_the_code(limit: str) -> None:
+    assert limit in " ".join(text_of(API).split())
+
+
+# --- worker/errors.py, tests/mutants.py ---
 
 
 def test_every_error_code_is_drawn_in_the_tree_once() -> None:
