@@ -36,10 +36,11 @@ from worker.steps import STEPS
 
 DOCUMENTS = documents()
 API = "docs/api.md"
+CONFIGURATION = "docs/configuration.md"
 
 
 def test_the_documents_are_found() -> None:
-    expected = {"README.md", "AGENTS.md", "CHANGELOG.md", "docs/api.md"}
+    expected = {"README.md", "AGENTS.md", "CHANGELOG.md", "docs/api.md", "docs/configuration.md"}
     expected |= {"workflows/README.md", "tests/workflows/README.md", "local/README.md", "tests/process/FAULTS.md"}
     assert expected <= set(DOCUMENTS)
 
@@ -77,14 +78,75 @@ def test_make_targets_are_found_in_code_and_nowhere_else() -> None:
     assert make_targets(text) == {"image-deps", "image-test", "up", "demo"}
 
 
-def test_the_table_of_settings_is_what_the_code_reads() -> None:
-    documented = set(first_names(section(text_of("README.md"), "Environment")))
+# --- docs/configuration.md ---
+
+BUILD, CLIENT = "Building the image", "The client"
+
+
+def settings(title: str) -> dict[str, list[str]]:
+    """The rows of a section of docs/configuration.md, each with one variable in its first cell, by that."""
+    found = rows(section(text_of(CONFIGURATION), title))
+    assert all(len(names(cells[0])) == 1 for cells in found)
+    return {names(cells[0])[0]: cells for cells in found}
+
+
+def worker_settings() -> dict[str, list[str]]:
+    titles = ["Models", "Jobs", "Results", "ComfyUI and the container", "SSH", "Logs"]
+    found = [item for title in titles for item in settings(title).items()]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def default_of(cells: list[str]) -> str:
+    return cells[1].strip("`")
+
+
+def test_the_tables_of_settings_are_what_the_code_reads() -> None:
     start_sh = text_of("start.sh")
     read = set(re.findall(r'"\$\{([A-Z_]+):=', start_sh)) | set(re.findall(r"export ([A-Z_]+)=\$\{\1:-", start_sh))
     read |= set(re.findall(r'environ(?:\.get\(|, )"([A-Z_]+)"', text_of("worker/config.py")))
     read |= set(re.findall(r'environ\.get\("([A-Z_]+)"', text_of("utils.py"))) | {"MODE"}
-    # where Hugging Face's library looks for its cache: the two that people set are in the table
-    assert documented == read - {"HOME", "XDG_CACHE_HOME", "HUGGINGFACE_HUB_CACHE"}
+    # where Hugging Face's library looks for its cache: the two that people set have rows
+    assert worker_settings().keys() == read - {"HOME", "XDG_CACHE_HOME", "HUGGINGFACE_HUB_CACHE"}
+
+
+def test_the_client_reads_the_variables_of_its_table() -> None:
+    assert settings(CLIENT).keys() == set(re.findall(r'environ\.get\("([A-Z_]+)"', text_of("client.py")))
+
+
+def test_the_defaults_are_those_of_the_code() -> None:
+    """Of what is one value, and no other variable."""
+    start_sh, config, utils = text_of("start.sh"), text_of("worker/config.py"), text_of("utils.py")
+    defaults = dict(re.findall(r'"\$\{([A-Z_]+):=([^}$]*)\}"', start_sh)) | {"RUNPOD_LOG_LEVEL": "INFO"}
+    defaults |= dict(re.findall(r'_required\(environ, "([A-Z_]+)", ([\d.]+)', config))
+    defaults |= dict.fromkeys(re.findall(r'_flag\(environ, "([A-Z_]+)"\)', config), "0")
+    defaults |= dict(re.findall(r'environ\.get\("([A-Z_]+)"\) or "([^"]+)"', config + utils))
+    for name in ("REQUIRE_GPU", "HOME"):  # the first has one for each MODE
+        del defaults[name]
+    documented = {name: default_of(cells) for name, cells in worker_settings().items()}
+    assert {name: documented[name] for name in defaults} == defaults
+    assert len(defaults) > 25
+
+
+def test_the_ranges_are_those_of_the_code() -> None:
+    pattern = r'_(?:required|number)\(environ, "([A-Z_]+)", .*least=([\d.]+), most=([\d_]+)'
+    ranges = re.findall(pattern, text_of("worker/config.py"))
+    assert len(ranges) == 7
+    for name, least, most in ranges:
+        assert re.search(rf"\b{least} to {int(most):,}(?!\d)", worker_settings()[name][2]), name
+
+
+def test_the_readme_has_some_of_the_settings_with_the_same_defaults() -> None:
+    short = {names(cells[0])[0]: default_of(cells) for cells in rows(section(text_of("README.md"), "Environment"))}
+    assert short.items() <= {name: default_of(cells) for name, cells in worker_settings().items()}.items()
+    assert len(short) >= 10
+
+
+def test_the_build_arguments_are_those_of_the_dockerfile() -> None:
+    arguments = dict(re.findall(r'^ARG ([A-Z_]+)="?([^"\n]*)"?$', text_of("Dockerfile"), re.MULTILINE))
+    assert arguments == {name: default_of(cells) for name, cells in settings(BUILD).items()}
+    torches = [path.stem for path in (ROOT / "image").glob("torch-*.txt")]
+    assert {default_of(settings(BUILD)["TORCH"]), *names(settings(BUILD)["TORCH"][2])} >= set(torches)
 
 
 # --- docs/api.md ---
