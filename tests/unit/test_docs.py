@@ -1,11 +1,15 @@
 """The documents against the tree: links lead somewhere, and the tables are exactly what the code has."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
 
+from local.__main__ import free_port
 from tests.documents import (
     ROOT,
     anchors,
@@ -29,6 +33,7 @@ from tests.process.fault_rows import (
     with_seconds,
 )
 from worker import delivery, errors, fetch, input_files, media, media_types, payload, reencode, workflow_checks
+from worker.config import Config, ConfigError
 from worker.errors import WorkerError
 from worker.models.manifest import ModelRecord
 from worker.outputs import Output
@@ -134,6 +139,29 @@ def test_the_ranges_are_those_of_the_code() -> None:
     assert len(ranges) == 7
     for name, least, most in ranges:
         assert re.search(rf"\b{least} to {int(most):,}(?!\d)", worker_settings()[name][2]), name
+
+
+def ends_the_container(name: str, value: str) -> bool:
+    """Whether start.sh, or the handler that it starts, ends with a sentence about this variable."""
+    try:
+        Config.from_env({name: value})
+    except ConfigError as error:
+        assert name in str(error)
+        return True
+    own = {"COMFYUI_DIR": str(ROOT / "local/comfyui"), "COMFYUI_PORT": str(free_port())}
+    own |= {"COMFYUI_PYTHON": sys.executable, "WORKER_PYTHON": sys.executable, "PATH": os.environ["PATH"]}
+    source = ["bash", "-c", "source start.sh && setup_environment"]
+    told = subprocess.run(source, cwd=ROOT, env=own | {name: value}, capture_output=True, text=True, check=False)
+    assert told.returncode == 0 or (told.returncode == 2 and name in told.stderr), told.stderr
+    return told.returncode == 2
+
+
+def test_a_wrong_value_ends_the_container_where_the_tables_say_so() -> None:
+    wrong = {"COMFYUI_ARGS": "--listen"}
+    tables = worker_settings()
+    del tables["RAMDISK_DIR"]  # looked at later: `claim_ramdisk`
+    documented = {name for name, cells in tables.items() if cells[3].startswith("ends")}
+    assert {name for name in tables if ends_the_container(name, wrong.get(name, "?"))} == documented
 
 
 def test_the_readme_has_some_of_the_settings_with_the_same_defaults() -> None:
