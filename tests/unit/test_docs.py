@@ -1,6 +1,7 @@
 """The documents against the tree: links lead somewhere, and the tables are exactly what the code has."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import fields
 
 import pytest
 
+import client
 from local.__main__ import free_port
 from tests.documents import (
     ROOT,
@@ -32,7 +34,7 @@ from tests.process.fault_rows import (
     unseen,
     with_seconds,
 )
-from worker import delivery, errors, fetch, input_files, media, media_types, payload, reencode, workflow_checks
+from worker import delivery, errors, fetch, input_files, media, media_types, outputs, payload, reencode, workflow_checks
 from worker.config import Config, ConfigError
 from worker.errors import WorkerError
 from worker.models.manifest import ModelRecord
@@ -45,7 +47,7 @@ CONFIGURATION = "docs/configuration.md"
 
 
 def test_the_documents_are_found() -> None:
-    expected = {"README.md", "AGENTS.md", "CHANGELOG.md", "docs/api.md", "docs/configuration.md"}
+    expected = {"README.md", "AGENTS.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/api.md", "docs/configuration.md"}
     expected |= {"workflows/README.md", "tests/workflows/README.md", "local/README.md", "tests/process/FAULTS.md"}
     assert expected <= set(DOCUMENTS)
 
@@ -243,10 +245,14 @@ def test_the_contract_has_every_key_of_an_item_and_of_a_model() -> None:
     assert names(models)[1:] == [field.name for field in fields(ModelRecord)]  # the first is MODELS
 
 
+def categories() -> set[str]:
+    """The lists of a result that hold files."""
+    return {media_types.category_of(media_type) for media_type in media_types._BY_SUFFIX.values()}
+
+
 def test_the_contract_has_the_lists_and_steps_of_a_result() -> None:
     table = api("Result").partition("\n### ")[0]
-    categories = {media_types.category_of(f"{kind}/x") for kind in ("image", "video", "audio", "model")}
-    assert categories < set(first_names(table))
+    assert categories() < set(first_names(table))
     (steps,) = [cells[1] for cells in rows(table) if cells[0] == "`timings_ms`"]
     assert [name for name in names(steps) if name != "debug"] == list(STEPS)
 
@@ -270,6 +276,47 @@ def test_the_contract_has_the_lists_and_steps_of_a_result() -> None:
 )
 def test_the_limits_of_the_contract_are_those_of_the_code(limit: str) -> None:
     assert limit in " ".join(text_of(API).split())
+
+
+# --- what the recipes of CONTRIBUTING.md rest on ---
+
+
+def test_the_tests_that_the_recipes_name_exist() -> None:
+    text = text_of("CONTRIBUTING.md")
+    named = set(re.findall(r"`(test_\w+)`", text))
+    paths = ["tests/unit/test_docs.py", *re.findall(r"\]\((tests/\S+\.py)\)", text)]
+    defined = {name for path in paths for name in re.findall(r"^def (test_\w+)", text_of(path), re.MULTILINE)}
+    assert len(named) > 10
+    assert named <= defined
+
+
+def test_the_names_in_capitals_that_the_recipes_name_exist() -> None:
+    code = "".join(text_of(path) for path in ("client.py", "worker/media_types.py", "worker/outputs.py"))
+    code += text_of("tests/process/test_faults_outputs.py")
+    named = {name for name in names(text_of("CONTRIBUTING.md")) if re.fullmatch(r"[A-Z_]+", name)}
+    missing = {name for name in named if not re.search(rf"^{name}\b", code, re.MULTILINE)}
+    assert missing <= {"JOB_TIMEOUT_S", "ARG"}
+
+
+def test_every_error_code_has_a_row_of_faults() -> None:
+    answers = set().union(*(row.answers for row in read_table(TABLE.read_text()).values()))
+    # Tests of functions have these: a GPU and a driver that hang, an interrupt by hand, a ComfyUI that never listens.
+    assert codes().keys() - answers == {"GPU_BROKEN", "COMFYUI_STUCK", "JOB_CANCELLED", "COMFYUI_UNAVAILABLE"}
+
+
+def test_the_client_knows_the_lists_and_texts_of_the_worker() -> None:
+    assert categories() == set(client.FILE_LISTS)
+    names_of_files = ("a.png", "a.mp4", "a.mp3", "a.zip")
+    listed = client.comfyui_result("", {name: {"images": [{"filename": name}]} for name in names_of_files})
+    found = {item["node_id"]: kind for kind in client.FILE_LISTS for item in listed[kind]}
+    assert found == {name: media_types.category_of(media_types.media_type_of(name, b"")) for name in names_of_files}
+    texts = client.comfyui_result("", {"1": {key: [key] for key in outputs._TEXT_KEYS}})["texts"]
+    assert [text["text"] for text in texts] == list(outputs._TEXT_KEYS)
+
+
+def test_the_gallery_is_listed() -> None:
+    abouts = [(path.name, json.loads(path.read_text())["about"]) for path in (ROOT / "tests/workflows").glob("*.json")]
+    assert rows(text_of("tests/workflows/README.md")) == [[f"`{name}`", about] for name, about in sorted(abouts)]
 
 
 # --- worker/errors.py, tests/mutants.py ---
