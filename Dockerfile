@@ -53,42 +53,38 @@ RUN apt-get update \
         tini \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* /etc/ssh/ssh_host_*
 
+# COPY and not bind mounts below: buildah 1.28 does not look at what a mounted file holds, and takes a stale layer.
+WORKDIR /opt/worker
 # torch with its torchvision, torchaudio and CUDA libraries. CUDA 12.8 asks for a driver from 2025 on and runs on
 # Blackwell; CUDA 13.0 for a newer one, and there ComfyUI has its fast fp8 kernels (comfy/quant_ops.py, 0.18.1).
 ARG TORCH=torch-cuda-12.8
-RUN --mount=type=bind,source=image,target=/tmp/image \
-    python3 -m venv /ComfyUI/.venv \
-    && /ComfyUI/.venv/bin/pip install --no-cache-dir --no-deps -r "/tmp/image/$TORCH.txt"
+COPY image/$TORCH.txt image/torch.txt
+RUN python3 -m venv /ComfyUI/.venv \
+    && /ComfyUI/.venv/bin/pip install --no-cache-dir --no-deps -r image/torch.txt
 # Constrained, so that nothing in ComfyUI's requirements moves them.
-RUN --mount=type=bind,from=sources,source=/ComfyUI/requirements.txt,target=/tmp/requirements.txt \
-    --mount=type=bind,source=image,target=/tmp/image \
-    /ComfyUI/.venv/bin/pip install --no-cache-dir -c "/tmp/image/$TORCH.txt" -c /tmp/image/constraints.txt \
-        -r /tmp/requirements.txt \
+COPY image/constraints.txt image/
+COPY --from=sources /ComfyUI/requirements.txt image/comfyui.txt
+RUN /ComfyUI/.venv/bin/pip install --no-cache-dir -c image/torch.txt -c image/constraints.txt -r image/comfyui.txt \
     && /ComfyUI/.venv/bin/pip check
 
-WORKDIR /opt/worker
-RUN --mount=type=bind,source=requirements.txt,target=/tmp/requirements.txt \
-    python3 -m venv .venv \
-    && .venv/bin/pip install --no-cache-dir --no-deps --require-hashes -r /tmp/requirements.txt
+COPY requirements.txt ./
+RUN python3 -m venv .venv \
+    && .venv/bin/pip install --no-cache-dir --no-deps --require-hashes -r requirements.txt
 
 # What many custom nodes use beside Python: OpenCV needs libgl1 and libglib2.0-0, video nodes the program ffmpeg. 470 MB,
 # so only where there are custom nodes.
 ARG CUSTOM_NODE_PACKAGES="ffmpeg libgl1 libglib2.0-0"
+COPY image/custom_nodes.sh image/
+COPY --from=sources /custom_nodes /ComfyUI/custom_nodes
 # hadolint ignore=DL3008,SC2086
-RUN --mount=type=bind,from=sources,source=/custom_nodes,target=/tmp/custom_nodes \
-    --mount=type=bind,source=image,target=/tmp/image \
-    if [ -n "$(ls -A /tmp/custom_nodes)" ]; then \
+RUN if [ -n "$(ls -A /ComfyUI/custom_nodes)" ]; then \
         apt-get update \
         && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $CUSTOM_NODE_PACKAGES \
-        && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*; \
-    fi \
-    && bash /tmp/image/custom_nodes.sh install /tmp/custom_nodes --no-cache-dir \
-        -c "/tmp/image/$TORCH.txt" -c /tmp/image/constraints.txt
-
+        && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* \
+        && image/custom_nodes.sh install /ComfyUI/custom_nodes -c image/torch.txt -c image/constraints.txt; \
+    fi
 COPY --from=sources /ComfyUI /ComfyUI
-COPY --from=sources /custom_nodes /ComfyUI/custom_nodes
-RUN --mount=type=bind,source=image,target=/tmp/image \
-    bash /tmp/image/custom_nodes.sh check /ComfyUI
+RUN image/custom_nodes.sh check /ComfyUI
 COPY --chmod=755 start.sh ./
 COPY rp_handler.py utils.py ./
 COPY worker ./worker

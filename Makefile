@@ -1,12 +1,12 @@
-# make demo | up | test | faults | soak | thorough | bench | lint | mutants | lock | clean
+# make demo | up | test | faults | image-deps | image-test | soak | thorough | bench | lint | mutants | lock | clean
 PYTHON ?= python3
 PY = .venv/bin/python
 PARALLEL = -n 6 --dist loadgroup
 CLIENT = $(PY) client.py --url {url} --workflow workflows/one_image.json --img workflows/photos/coffee.jpg
 
-SCRIPTS = start.sh image/custom_nodes.sh image/lock.sh local/venv.sh .ci/run
+SCRIPTS = start.sh image/custom_nodes.sh image/lock.sh local/venv.sh tests/image/deps.sh .ci/run
 
-.PHONY: demo up test faults soak thorough bench lint mutants lock clean
+.PHONY: demo up test faults image-deps image-test soak thorough bench lint mutants lock clean
 
 demo: .venv/.installed ## one photograph through the whole stack; the picture lands in output/
 	@$(PY) -m local -- $(CLIENT)
@@ -21,6 +21,12 @@ faults: .venv/.installed-dev ## the rows of tests/process/FAULTS.md, whose colum
 	@rm -f .fault-seconds
 	@FAULT_SECONDS=.fault-seconds $(PY) -m pytest $(PARALLEL) -m fault tests/process
 	@$(PY) -m tests.process.fault_rows .fault-seconds
+
+image-deps: ## a container engine for the image test, from the packages of Debian or Ubuntu; as root
+	@tests/image/deps.sh
+
+image-test: .venv/.installed-dev ## the image, built and booted by podman, with the stand-in as its ComfyUI; as root
+	@$(PY) -m pytest --timeout 600 tests/image
 
 soak: .venv/.installed-dev ## 500 jobs under random faults, two workers: a table; JOBS=100 for fewer
 	@$(PY) -m tests.soak --jobs $(or $(JOBS),500)

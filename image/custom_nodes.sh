@@ -38,12 +38,10 @@ fetch() {
 install() {
     local node folder=$1
     shift
-    for node in "$folder"/*/; do
-        [[ -d $node ]] || continue # there is none
-        if [[ -f $node/requirements.txt ]]; then
-            /ComfyUI/.venv/bin/pip install --no-cache-dir "$@" -r "$node/requirements.txt" ||
-                die "The requirements of $(basename -- "$node") cannot be installed (above)."
-        fi
+    for node in "$folder"/*; do
+        [[ -f $node/requirements.txt ]] || continue
+        /ComfyUI/.venv/bin/pip install --no-cache-dir "$@" -r "$node/requirements.txt" ||
+            die "The requirements of $(basename -- "$node") cannot be installed (above)."
     done
 }
 
@@ -53,7 +51,7 @@ check() {
     cd -- "$1"
     data=$(mktemp -d)
     log=$data/log
-    PYTHONDONTWRITEBYTECODE=1 "${COMFYUI_PYTHON:-.venv/bin/python}" main.py --cpu --quick-test-for-ci \
+    TMPDIR=$data PYTHONDONTWRITEBYTECODE=1 "${COMFYUI_PYTHON:-.venv/bin/python}" main.py --cpu --quick-test-for-ci \
         --disable-auto-launch --database-url sqlite:///:memory: --user-directory "$data" --temp-directory "$data" \
         --input-directory "$data" --output-directory "$data" >"$log" 2>&1 || failed='ComfyUI does not start'
     for node in custom_nodes/*/; do
