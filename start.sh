@@ -205,7 +205,7 @@ session_environment() {
     for name in COMFYUI_DIR RAMDISK_DIR VOLUME_DIRS MODELS_FILE MODELS DOWNLOAD_TO HOST_CACHE_DIR \
         HF_ENDPOINT HF_HUB_OFFLINE HF_HOME HF_HUB_CACHE; do
         [[ -n ${!name:-} ]] || continue
-        value=$(sed -E 's/(^|[[:space:]])#.*//' <<<"${!name}" | tr '\r\n' ,) # MODELS may have lines, and comments
+        value=$(sed -E 's/(^|[[:space:]])#.*//' < <(printf %s "${!name}") | tr '\r\n' ,) # MODELS may have lines, and comments
         [[ $value == *[\"\\]* ]] || settings+=" \"$name=${value%,}\""
     done
     printf 'SetEnv%s' "$settings" # sshd takes only the first line of them
