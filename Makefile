@@ -27,7 +27,7 @@ image-deps: ## a container engine for the image test, from the packages of Debia
 	@tests/image/deps.sh
 
 image-test: .venv/.installed-dev ## the image, built and booted by podman, with the stand-in as its ComfyUI; as root
-	@$(PY) -m pytest tests/image
+	@$(PY) -m pytest --timeout 600 tests/image
 
 soak: .venv/.installed-dev ## 500 jobs under random faults, two workers: a table; JOBS=100 for fewer
 	@$(PY) -m tests.soak --jobs $(or $(JOBS),500)

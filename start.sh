@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # start.sh - entrypoint of the image, and of every local run: RAM disk, SSH, models, ComfyUI, handler; then it
-# supervises them. Every path comes from the environment (README.md has the table), so the same script boots the
-# container, the tests and a checkout of your own. It changes nothing below COMFYUI_DIR but the models that MODELS
-# asks for. Exit codes: 0 stopped by SIGTERM, 1 something died for good, 2 a setting is wrong, else the handler's own.
+# supervises them. Every path comes from the environment (docs/configuration.md), so the same script boots the container,
+# the tests and a checkout of your own. It changes nothing below COMFYUI_DIR but the models that MODELS asks for.
+# Exit codes: 0 stopped by SIGTERM, 1 something died for good, 2 a setting is wrong, else the handler's own.
 set -Eeuo pipefail
 
 WORKER_DIR=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -68,7 +68,10 @@ setup_environment() {
     for name in COMFYUI_PORT COMFYUI_MAX_DEATHS RAMDISK_MIN_MB SSH_PORT; do
         [[ ${!name} =~ ^[0-9]{1,9}$ ]] || die 2 "$name is '${!name}'; set it to a whole number."
     done
-    [[ $REQUIRE_GPU == [01] ]] || die 2 "REQUIRE_GPU is '$REQUIRE_GPU'; set it to 0 or 1."
+    for name in REQUIRE_GPU API_NODES; do
+        [[ ${!name} == [01] ]] || die 2 "$name is '${!name}'; set it to 0 or 1."
+    done
+    [[ $COMFYUI_LOG == boot || $COMFYUI_LOG == stdout ]] || die 2 "COMFYUI_LOG is '$COMFYUI_LOG'; set it to boot or stdout."
     [[ $SSH_PERMIT_OPEN =~ ^(any|[A-Za-z0-9.*:[-]+:([0-9]+|\*)(\ [A-Za-z0-9.*:[-]+:([0-9]+|\*))*)$ ]] ||
         die 2 "SSH_PERMIT_OPEN is '$SSH_PERMIT_OPEN'; set it to HOST:PORT, several with a blank between, or to any."
     [[ -f $COMFYUI_DIR/main.py ]] || die 2 "There is no ComfyUI in COMFYUI_DIR=$COMFYUI_DIR (no main.py)."
@@ -219,7 +222,7 @@ start_models() {
         touch -- "$RAMDISK_DIR/run/models-settled"
         return 0
     fi
-    "$WORKER_PYTHON" "$WORKER_DIR/utils.py" --link-only >&2 || log ERROR "MODELS has entries that cannot be used (above)."
+    "$WORKER_PYTHON" "$WORKER_DIR/utils.py" --link-only >&2 || log ERROR "A setting of the models cannot be used (above)."
     "$WORKER_PYTHON" "$WORKER_DIR/utils.py" >&2 &
     models_pid=$!
     if [[ $PREFETCH_FRACTION != 0 ]]; then # no `||`: the shell between would be ended, and not the reader
@@ -254,7 +257,11 @@ write_model_paths() {
 # usage: on_models_end EXIT_CODE   a missing model refuses the jobs that need it, not the whole worker
 on_models_end() {
     models_pid=''
-    (($1 == 0)) || log ERROR "SOME MODELS ARE MISSING (above); jobs that need them will be refused."
+    case $1 in
+        0) ;;
+        2) log ERROR "A setting of the models cannot be used (above); jobs that need what it names will be refused." ;;
+        *) log ERROR "SOME MODELS ARE MISSING (above); jobs that need them will be refused." ;;
+    esac
     touch -- "$RAMDISK_DIR/run/models-settled"
 }
 
@@ -286,7 +293,7 @@ start_comfyui() {
     (
         cd -- "$COMFYUI_DIR"
         unset "${!RUNPOD_@}" "${!BUCKET_@}" "${!AWS_@}" HF_TOKEN HUGGING_FACE_HUB_TOKEN PUBLIC_KEY
-        umask 077 # it makes its temp directory anew (main.py, 0.18.1)
+        umask 077                                           # it makes its temp directory anew (main.py, 0.18.1)
         export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 # a checkout is never changed; the log is never late
         # Where memory runs out, the kernel takes ComfyUI before the handler, which can then say so.
         { echo 500 >/proc/self/oom_score_adj; } 2>/dev/null || true

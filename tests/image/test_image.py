@@ -89,7 +89,8 @@ def test_its_configuration(image: str, engine: Engine, figure: Figure) -> None:
     assert config["Entrypoint"] == ["tini", "--", "/opt/worker/start.sh"]
     assert list(config["ExposedPorts"]) == ["22/tcp"]
     assert config["Labels"]["org.opencontainers.image.title"] == "comfy-endpoint"
-    assert inspected["HealthCheck" if "HealthCheck" in inspected else "Healthcheck"]["StartPeriod"] == 1800 * 10**9
+    healthcheck = inspected.get("HealthCheck") or inspected["Healthcheck"]  # podman 4, podman 5
+    assert healthcheck["StartPeriod"] == 1800 * 10**9
     base_bytes = int(engine.must("image", "inspect", "--format={{.Size}}", "localhost/comfy-endpoint-test-base"))
     figure(f"layers above the base image: {(inspected['Size'] - base_bytes) / 1e6:.0f} MB (without torch and ComfyUI)")
     for layer in json.loads(engine.must("history", "--format=json", image)):

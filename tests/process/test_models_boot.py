@@ -464,7 +464,7 @@ def test_a_bad_entry_is_told_and_the_good_ones_are_linked(sourced_settings: dict
     sourced_settings["MODELS"] = "org/b:b.safetensors,org/a:a.safetensors:vae"
     said = sourced(sourced_settings, RUN_MODELS)
     assert (tmp_path / "checkout/models/vae/a.safetensors").readlink() == blob
-    assert "ERROR start.sh MODELS has entries that cannot be used (above)." in said
+    assert "ERROR start.sh A setting of the models cannot be used (above)." in said
     assert "MODELS entry 1 ('org/b:b.safetensors') has 2 of the parts" in said
     assert said.endswith("code 2\n")
     assert (tmp_path / "ramdisk/run/models-settled").exists()
@@ -473,4 +473,4 @@ def test_a_bad_entry_is_told_and_the_good_ones_are_linked(sourced_settings: dict
 def test_a_list_that_cannot_be_read_is_told_and_the_worker_goes_on(sourced_settings: dict[str, str]) -> None:
     said = sourced({**sourced_settings, "MODELS_FILE": "/nowhere/models.txt"}, RUN_MODELS)
     assert "MODELS_FILE=/nowhere/models.txt cannot be read" in said
-    assert "SOME MODELS ARE MISSING" in said
+    assert "A setting of the models cannot be used (above); jobs that need" in said
