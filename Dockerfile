@@ -86,7 +86,7 @@ RUN if [ -n "$(ls -A /ComfyUI/custom_nodes)" ]; then \
 COPY --from=sources /ComfyUI /ComfyUI
 RUN image/custom_nodes.sh check /ComfyUI
 COPY --chmod=755 start.sh ./
-COPY rp_handler.py utils.py ./
+COPY rp_handler.py utils.py VERSION ./
 COPY worker ./worker
 RUN .venv/bin/python -m compileall -q rp_handler.py utils.py worker
 

@@ -4,7 +4,8 @@ PY = .venv/bin/python
 PARALLEL = -n 6 --dist loadgroup
 CLIENT = $(PY) client.py --url {url} --workflow workflows/one_image.json --img workflows/photos/coffee.jpg
 
-SCRIPTS = start.sh image/custom_nodes.sh image/lock.sh local/venv.sh tests/image/deps.sh .ci/run
+SCHEMA = .venv/bin/check-jsonschema --quiet --builtin-schema
+SCRIPTS = start.sh image/custom_nodes.sh image/lock.sh local/venv.sh tests/image/deps.sh .ci/run .github/image_names.sh
 
 .PHONY: demo up test faults image-deps image-test soak thorough bench lint mutants lock clean
 
@@ -46,6 +47,11 @@ lint: .venv/.installed-dev
 	@.venv/bin/shellcheck $(SCRIPTS)
 	@.venv/bin/shfmt -i 4 -ci -d $(SCRIPTS)
 	@.venv/bin/hadolint Dockerfile
+	@.venv/bin/zizmor --quiet --offline .github
+	@$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	@$(SCHEMA) custom.github-workflows-require-timeout .github/workflows/*.yml
+	@$(SCHEMA) vendor.dependabot .github/dependabot.yml
+	@.venv/bin/pip check
 
 mutants: .venv/.installed-dev ## takes out the nonce, the fsync, the wipe, ...: each time a test must turn red
 	@$(PY) -m tests.mutants

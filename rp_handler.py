@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import runpod.serverless
@@ -68,6 +69,7 @@ class Worker:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.version = Path(__file__).with_name("VERSION").read_text().strip()
         self.ramdisk = RamDisk(config.ramdisk_dir)
         self.fetch_limits = FetchLimits(config.url_input_limit_bytes, config.url_input_timeout_s)
         self.process = ComfyUIProcess(config.ramdisk_dir / "run")
@@ -182,6 +184,7 @@ class Worker:
 
     def _diagnostics(self) -> dict[str, Any]:
         return {
+            "version": self.version,
             "kept_until": "the next job on this worker",
             "files": [str(self.ramdisk.root / path) for path in self.ramdisk.list_files(most=MAX_LISTED_FILES)],
             "free_bytes": self.ramdisk.free_bytes(),
@@ -305,7 +308,7 @@ def wait_until_ready(worker: Worker) -> None:
     that cannot run it. Raises ComfyUIUnavailable."""
     started = time.monotonic()
     worker.server.wait_ready(worker.config.boot_timeout_s)
-    log.info("ComfyUI answers after %.1f s", time.monotonic() - started)
+    log.info("comfy-endpoint %s: ComfyUI answers after %.1f s", worker.version, time.monotonic() - started)
     if worker.config.require_gpu and not worker.comfyui.sees_gpu():
         raise ComfyUIUnavailable(
             "ComfyUI sees no GPU: choose one for the endpoint, or set REQUIRE_GPU=0 to compute on the processor."

@@ -457,6 +457,7 @@ _main() {
     trap clean_up EXIT
     trap stop TERM
     trap 'exit 130' INT
+    log INFO "comfy-endpoint $(<"$WORKER_DIR/VERSION")"
     prepare_ramdisk
     start_sshd
     start_models

@@ -1,5 +1,7 @@
 """The product's main job, end to end, and what a job leaves behind: nothing."""
 
+import base64
+import json
 import os
 import signal
 from pathlib import Path
@@ -16,6 +18,7 @@ from tests.process.stack import (
     image_of,
     invert_job,
     invert_workflow,
+    is_inverted,
     largest_difference,
     picture_bytes,
     slow_job,
@@ -23,6 +26,8 @@ from tests.process.stack import (
 )
 
 PHOTOS = ROOT / "workflows" / "photos"
+VERSION = (ROOT / "VERSION").read_text().strip()
+HUB_TESTS = json.loads((ROOT / ".runpod/tests.json").read_text())["tests"]
 
 
 def saved_pictures(directory: Path) -> list[Image.Image]:
@@ -90,6 +95,25 @@ def test_three_jobs_leave_the_ram_disk_and_the_history_empty(driver: Driver) -> 
         assert [line for line in log if not line.startswith("Prompt executed in")] == []
 
 
+@pytest.mark.parametrize("case", HUB_TESTS, ids=lambda case: str(case["name"]))
+def test_the_jobs_that_runpods_hub_tests_with_give_their_picture(driver: Driver, case: dict[str, Any]) -> None:
+    answer = driver.run(case["input"])
+    assert answer["status"] == "COMPLETED", answer
+    (item,) = answer["output"]["images"]
+    sent = case["input"].get("images", {}).values()
+    if sent:
+        assert all(is_inverted(item, base64.b64decode(content)) for content in sent)
+    else:
+        assert largest_difference(image_of(item), Image.new("RGB", (64, 48), "orange")) == 0
+    assert answer["output"]["warnings"] == []
+
+
+def test_the_version_is_in_the_log_of_both_programs(driver: Driver) -> None:
+    (start_sh,) = [line for line in driver.log().splitlines() if line.endswith(f"comfy-endpoint {VERSION}")]
+    assert " start.sh " in start_sh
+    assert f"comfy-endpoint {VERSION}: ComfyUI answers after" in driver.log()
+
+
 def test_both_request_forms_give_the_same_picture(driver: Driver) -> None:
     content = base64_of(picture_bytes())
     ours = driver.run({"workflow": invert_workflow(), "images": {"a.png": content}})
@@ -118,6 +142,7 @@ def test_an_item_tells_all_that_the_contract_promises(driver: Driver) -> None:
 def test_debug_keeps_the_files_and_says_where_until_the_next_job_overwrites_them(row: Row, driver: Driver) -> None:
     result = row.succeeds(driver.run(invert_job(debug=True)))
     assert driver.comfyui("/history").keys() == {result["debug"]["prompt_id"]}
+    assert result["debug"]["version"] == VERSION
     kept = [Path(path) for path in result["debug"]["files"]]
     assert kept == [driver.ramdisk / "input/a.png", driver.ramdisk / "output/inverted_00001_.png"]
     assert len(driver.comfyui("/history")) == 1
