@@ -682,7 +682,8 @@ def test_comments_in_models_are_the_same_in_an_ssh_session(settings: dict[str, s
 
 @needs_sshd
 def test_a_long_list_of_models_reaches_an_ssh_session(settings: dict[str, str], ssh_dir: Path) -> None:
-    models = ",".join(f"org/repo:{number}/model-{number:05}.safetensors:vae" for number in range(300))
+    folders = "a-long-name/" * 20
+    models = ",".join(f"org/repo:{folders}model-{number:05}.safetensors:vae" for number in range(40))
     offline = {"HF_HUB_OFFLINE": "1", "HOST_CACHE_DIR": str(ssh_dir / "no-cache")}
     with pod_with_ssh(settings, ssh_dir, MODELS=models, **offline) as pod:
         assert session_environment(pod.ssh)["MODELS"] == models
