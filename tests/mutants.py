@@ -188,7 +188,7 @@ MUTANTS = [
     Mutant("SSH: where it may forward to", "start.sh", "PermitOpen $SSH_PERMIT_OPEN", "PermitOpen any", f"{START_SH} -k ssh_forwards"),
     Mutant("SSH: no other setting with where it may forward to", "start.sh", "[[ $SSH_PERMIT_OPEN =~", "true || [[ $SSH_PERMIT_OPEN =~", f"{START_SH} -k no_other_setting"),
     Mutant("SSH: root only", "start.sh", "AllowUsers root\n", "", f"{START_SH} -k only_root"),
-    Mutant("SSH: no secret in a session", "start.sh", "for name in COMFYUI_DIR RAMDISK_DIR VOLUME_DIRS MODELS_FILE MODELS; do", "for name in COMFYUI_DIR RAMDISK_DIR VOLUME_DIRS MODELS_FILE MODELS HF_TOKEN; do", f"{START_SH} -k ssh_session_knows"),
+    Mutant("SSH: no secret in a session", "start.sh", "HF_ENDPOINT HF_HUB_OFFLINE HF_HOME HF_HUB_CACHE; do", "HF_ENDPOINT HF_HUB_OFFLINE HF_HOME HF_HUB_CACHE HF_TOKEN; do", f"{START_SH} -k ssh_session_knows"),
     Mutant("GPU: required of a serverless worker", "start.sh", ': "${REQUIRE_GPU:=1}"', ': "${REQUIRE_GPU:=0}"', f"{START_SH} -k gpu_is_required"),
     Mutant("GPU: a worker without", "rp_handler.py", "if worker.config.require_gpu and not worker.comfyui.sees_gpu():", "if False:", f"{START_SH} -k takes_no_job"),
     Mutant("GPU: the processor is none", "worker/comfyui.py", 'any(device["type"] != "cpu" for', "any(True for", f"{START_SH} -k takes_no_job"),
