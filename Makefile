@@ -51,6 +51,7 @@ lint: .venv/.installed-dev
 	@$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
 	@$(SCHEMA) custom.github-workflows-require-timeout .github/workflows/*.yml
 	@$(SCHEMA) vendor.dependabot .github/dependabot.yml
+	@$(PY) -m pytest -q tests/unit/test_docs.py  # links, and the documents against the code
 	@.venv/bin/pip check
 
 mutants: .venv/.installed-dev ## takes out the nonce, the fsync, the wipe, ...: each time a test must turn red

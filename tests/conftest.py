@@ -1,5 +1,7 @@
 """How tests are spread over processes (make test: pytest-xdist, --dist loadgroup)."""
 
+import signal
+
 import pytest
 
 
@@ -8,3 +10,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("fault") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+def pytest_configure() -> None:
+    """A shell starts what goes into the background with SIGINT ignored, and so would be what the tests interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
