@@ -28,6 +28,7 @@ BUSY_S = 120.0  # one that computes without an answer, with nothing to do, is en
 # A start after the first one may take so many times as long; then it hangs.
 RESTART_FACTOR = 5.0
 MIN_RESTART_S = 60.0
+DYING_S, DYING_POLL_S = 0.2, 0.005
 
 
 class ComfyUIServer:
@@ -122,6 +123,12 @@ class ComfyUIServer:
             log=self.process.log_tail(),
         )
 
+    def _await_death(self) -> None:
+        """The kernel closes the connections of a process that ends just before that counts as dead (do_exit)."""
+        deadline = self.clock() + DYING_S
+        while self.state is not None and self.process.is_alive(self.state) and self.clock() < deadline:
+            self.sleep(DYING_POLL_S)
+
     def end(self) -> None:
         """Kill the start that this job runs on; `start.sh` starts the next one. Raises ComfyUIStuck."""
         self._end(self.state)
@@ -157,6 +164,8 @@ class ComfyUIServer:
             answer = connection.getresponse()
             return answer.status, answer.read()
         except (OSError, http.client.HTTPException) as error:
+            if not isinstance(error, TimeoutError):
+                self._await_death()
             self.raise_if_dead()
             asked = f"{method} /{path.split('/')[1]}"  # what follows can be a caller's word
             raise ComfyUIUnavailable(f"ComfyUI did not answer {asked} ({type(error).__name__}).") from error

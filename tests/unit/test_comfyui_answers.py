@@ -365,6 +365,17 @@ def test_a_death_is_told_with_its_exit_code(comfyui: ComfyUI, run_dir: Path, pro
     assert (caught.value.details["exit_code"], caught.value.details["out_of_memory"]) == (139, False)
 
 
+def test_a_connection_that_a_dying_comfyui_breaks_off_is_a_death(
+    comfyui: ComfyUI, double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts as alive for some milliseconds after its connections are closed."""
+    alive = iter([True, True, True])
+    monkeypatch.setattr(comfyui.server.process, "is_alive", lambda _: next(alive, False))
+    double.answers["GET /queue"] = BREAK_OFF
+    with pytest.raises(ComfyUICrashed):
+        comfyui.queued_ids()
+
+
 @pytest.fixture
 def stuck(double: Double) -> Iterator[None]:
     """/queue is not answered."""
