@@ -369,6 +369,7 @@ def test_a_connection_that_a_dying_comfyui_breaks_off_is_a_death(
     comfyui: ComfyUI, double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It counts as alive for some milliseconds after its connections are closed."""
+    monkeypatch.setattr(comfyui.server, "clock", lambda: 0.0)
     alive = iter([True, True, True])
     monkeypatch.setattr(comfyui.server.process, "is_alive", lambda _: next(alive, False))
     double.answers["GET /queue"] = BREAK_OFF
