@@ -66,14 +66,17 @@ setup_environment() {
     ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || die 2 "bash is older than 5.1; its wait cannot supervise."
     [[ $MODE == serverless || $MODE == pod ]] || die 2 "MODE is '$MODE'; set it to serverless or pod."
     for name in COMFYUI_PORT COMFYUI_MAX_DEATHS RAMDISK_MIN_MB SSH_PORT; do
-        [[ ${!name} =~ ^[0-9]{1,9}$ ]] || die 2 "$name is '${!name}'; set it to a whole number."
+        [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || die 2 "$name is '${!name}'; set it to a whole number."
+    done
+    for name in COMFYUI_PORT SSH_PORT; do
+        ((${!name} >= 1 && ${!name} <= 65535)) || die 2 "$name is ${!name}; set it to a port, 1 to 65535."
     done
     for name in REQUIRE_GPU API_NODES; do
         [[ ${!name} == [01] ]] || die 2 "$name is '${!name}'; set it to 0 or 1."
     done
     [[ $COMFYUI_LOG == boot || $COMFYUI_LOG == stdout ]] || die 2 "COMFYUI_LOG is '$COMFYUI_LOG'; set it to boot or stdout."
-    local place='[][A-Za-z0-9_.*:-]+:([0-9]+|\*)'
-    [[ $SSH_PERMIT_OPEN =~ ^(any|$place( $place)*)$ ]] ||
+    local address='[][A-Za-z0-9_.*:-]+:([0-9]+|\*)'
+    [[ $SSH_PERMIT_OPEN =~ ^(any|$address( $address)*)$ ]] ||
         die 2 "SSH_PERMIT_OPEN is '$SSH_PERMIT_OPEN'; set it to HOST:PORT, several with a blank between, or to any."
     [[ -f $COMFYUI_DIR/main.py ]] || die 2 "There is no ComfyUI in COMFYUI_DIR=$COMFYUI_DIR (no main.py)."
     command -v -- "$COMFYUI_PYTHON" >/dev/null || die 2 "COMFYUI_PYTHON=$COMFYUI_PYTHON is no program."
@@ -144,12 +147,12 @@ start_sshd() {
         log WARNING "PUBLIC_KEY has no usable key; set it to what ~/.ssh/id_ed25519.pub holds. No SSH."
         return 0
     fi
-    if ! write_ssh_files "$keys" 2>/dev/null; then
-        log WARNING "The files of sshd cannot be written to SSH_DIR=$SSH_DIR and /run/sshd; no SSH."
+    if ! { write_ssh_files "$keys" && fingerprint=$(ssh-keygen -l -f "$SSH_DIR/host_key" | cut -d' ' -f2); } 2>/dev/null; then
+        log WARNING "The files of sshd cannot be written to SSH_DIR=$SSH_DIR and /run/sshd, or a key in there is broken; no SSH."
         return 0
     fi
-    fingerprint=$(ssh-keygen -l -f "$SSH_DIR/host_key.pub" | cut -d' ' -f2)
     log INFO "SSH on port $SSH_PORT for $(wc -l <<<"$keys") keys, host key $fingerprint."
+    # What reads sshd's lines is a child of sshd, so it is none that `supervise` waits for.
     "$sshd" -D -e -f "$SSH_DIR/sshd_config" 2> >(while IFS= read -r line; do log INFO "sshd: ${line%$'\r'}"; done) &
     sshd_pid=$!
 }
@@ -161,7 +164,7 @@ good_keys() {
     while IFS= read -r line; do
         number=$((number + 1)) line=${line//$'\r'/}
         [[ ! $line =~ ^[[:space:]]*(#|$) ]] || continue
-        if [[ $line == *"PRIVATE KEY"* ]]; then
+        if [[ $line == *"BEGIN "*"PRIVATE KEY"* ]]; then
             log WARNING "PUBLIC_KEY has a private key; set it to the .pub file beside it, and make a new key pair."
             break
         elif ssh-keygen -l -f /dev/stdin <<<"$line" >/dev/null 2>&1; then
@@ -182,6 +185,8 @@ Port $SSH_PORT
 HostKey $SSH_DIR/host_key
 AuthorizedKeysFile $SSH_DIR/authorized_keys
 PidFile none
+# The file is ours and private, wherever SSH_DIR lies.
+StrictModes no
 LoginGraceTime 30
 AllowUsers root
 PermitRootLogin prohibit-password
@@ -199,14 +204,16 @@ $(session_environment)
 CONFIG
 }
 
-# usage: session_environment   for sshd_config: what utils.py reads, for people who come by SSH; no secrets
+# usage: session_environment   for sshd_config: what utils.py reads, for people who come by SSH, but no token
 session_environment() {
-    local name value settings=''
+    local name value settings='' MODELS=$MODELS
+    MODELS=$(sed -E 's/(^|[[:space:]])#.*//' < <(printf %s "$MODELS") | tr '\r\n' ,) # it may have lines, and comments
+    MODELS=${MODELS%,}
     for name in COMFYUI_DIR RAMDISK_DIR VOLUME_DIRS MODELS_FILE MODELS DOWNLOAD_TO HOST_CACHE_DIR \
         HF_ENDPOINT HF_HUB_OFFLINE HF_HOME HF_HUB_CACHE; do
         [[ -n ${!name:-} ]] || continue
-        value=$(sed -E 's/(^|[[:space:]])#.*//' < <(printf %s "${!name}") | tr '\r\n' ,) # MODELS may have lines, and comments
-        [[ $value == *[\"\\]* ]] || settings+=" \"$name=${value%,}\""
+        value=${!name}
+        [[ $value == *[\"\\$'\r\n']* ]] || settings+=" \"$name=$value\""
     done
     printf 'SetEnv%s' "$settings" # sshd takes only the first line of them
 }
@@ -276,7 +283,7 @@ has_gpu() {
 
 # usage: start_comfyui   on 127.0.0.1 always, with its files on the RAM disk and without the worker's secrets
 start_comfyui() {
-    local log_file=$RAMDISK_DIR/run/comfyui.log args
+    local log_file=$RAMDISK_DIR/run/comfyui.log args flag
     read -rd '' -a args <<<"$COMFYUI_ARGS" || true
     args+=( # after COMFYUI_ARGS: of two equal flags argparse takes the last, whatever the first was abbreviated to
         --listen 127.0.0.1 --port "$COMFYUI_PORT" --disable-auto-launch
@@ -286,6 +293,9 @@ start_comfyui() {
     )
     if [[ $REQUIRE_GPU == 0 ]] && ! has_gpu; then # a torch for CUDA does not start without
         log INFO "There is no GPU; ComfyUI computes on the processor."
+        for flag in "${!args[@]}"; do # argparse takes none of these beside --cpu (cli_args.py, 0.18.1)
+            [[ ! ${args[flag]} =~ ^--(gpu-only|highvram|normalvram|lowvram|novram)$ ]] || unset "args[flag]"
+        done
         args+=(--cpu)
     fi
     [[ $API_NODES == 1 ]] || args+=(--disable-api-nodes) # a second of boot (0.18.1)
@@ -368,10 +378,14 @@ on_comfyui_death() {
 boot_advice() {
     case $(tail -c "+$log_start" -- "$RAMDISK_DIR/run/comfyui.log" | grep . | tail -n 1) in
         *"driver on your system is too old"*)
-            printf ' Allow only hosts with a newer CUDA version in the settings of the endpoint, or build with an older TORCH.'
+            printf ' Allow only hosts with a newer CUDA version in the settings of the endpoint.'
             ;;
         *"Found no NVIDIA driver"* | *"No CUDA GPUs are available"* | *"not compiled with CUDA"*)
-            printf ' It found no GPU: choose one for the endpoint, or set REQUIRE_GPU=0 to compute on the processor.'
+            if [[ $REQUIRE_GPU == 1 ]]; then
+                printf ' It found no GPU: choose one for the endpoint, or set REQUIRE_GPU=0 to compute on the processor.'
+            else
+                printf ' It cannot use the GPU that is there; set COMFYUI_ARGS=--cpu to compute on the processor.'
+            fi
             ;;
         *"main.py: error: "*) printf ' It does not take a flag of COMFYUI_ARGS.' ;;
         *ModuleNotFoundError*) printf ' COMFYUI_PYTHON=%s lacks a package.' "$COMFYUI_PYTHON" ;;

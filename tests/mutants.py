@@ -184,7 +184,7 @@ MUTANTS = [
     Mutant("models: the prefetch ends with its share", "worker/models/prefetch.py", "if limit_bytes <= 0:", "if False:", "tests/unit/test_models_prefetch.py tests/process/test_utils_models.py"),
     Mutant("SSH: a line that is no key", "start.sh", 'elif ssh-keygen -l -f /dev/stdin <<<"$line" >/dev/null 2>&1; then', "elif true; then", f"{START_SH} -k named_by_its_number"),
     Mutant("SSH: what a bad line holds is not said", "start.sh", 'log WARNING "Line $number of PUBLIC_KEY is', 'log WARNING "Line $number of PUBLIC_KEY ($line) is', f"{START_SH} -k private_key"),
-    Mutant("SSH: a private key is known as one", "start.sh", 'if [[ $line == *"PRIVATE KEY"* ]]; then', "if false; then", f"{START_SH} -k private_key"),
+    Mutant("SSH: a private key is known as one", "start.sh", 'if [[ $line == *"BEGIN "*"PRIVATE KEY"* ]]; then', "if false; then", f"{START_SH} -k private_key"),
     Mutant("SSH: where it may forward to", "start.sh", "PermitOpen $SSH_PERMIT_OPEN", "PermitOpen any", f"{START_SH} -k ssh_forwards"),
     Mutant("SSH: no other setting with where it may forward to", "start.sh", "[[ $SSH_PERMIT_OPEN =~", "true || [[ $SSH_PERMIT_OPEN =~", f"{START_SH} -k no_other_setting"),
     Mutant("SSH: root only", "start.sh", "AllowUsers root\n", "", f"{START_SH} -k only_root"),

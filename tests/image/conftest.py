@@ -3,52 +3,15 @@
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from local.__main__ import ENDPOINT, Platform
-from local.serverless_api import worker_environment
-from tests.image.engine import ROOT, Engine, forwarding, require_engine
+from tests.image.engine import ROOT, SLEEPS, Engine, ReachablePlatform, Sources, forwarding, require_engine
 from tests.process.stack import boot_platform
 
 FIGURES: list[str] = []
 STANDIN_REQUIREMENTS = "aiohttp\nPillow==13.0.0\n"
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What the build takes: a copy of this repository as its context, and git repositories of ComfyUI and a node."""
-
-    context: Path
-    repositories: Path
-
-    def commit(self, name: str, files: dict[str, str]) -> str:
-        """A git repository of these files; returns `REPOSITORY@COMMIT` as custom_nodes.txt has it."""
-        folder = self.repositories / name
-        for path, content in files.items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_text(content)
-
-        def git(*arguments: str) -> str:
-            identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-            command = ["git", "-C", str(folder), *identity, *arguments]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-        git("init", "-q", "-b", "main")
-        git("add", "-A")
-        git("commit", "-q", "-m", "As it is")
-        return f"file:///repositories/{name}@{git('rev-parse', 'HEAD')}"
-
-    def build_options(self) -> list[str]:
-        return [
-            f"--volume={self.repositories}:/repositories:ro",
-            "--build-arg=COMFYUI_REPO=file:///repositories/ComfyUI",
-            "--build-arg=COMFYUI_REF=main",
-            "--build-arg=TORCH=torch-none",  # the stand-in needs none of its 7 GB
-            "--build-arg=CUSTOM_NODE_PACKAGES=libglib2.0-0",
-        ]
 
 
 @pytest.fixture(scope="session")
@@ -96,34 +59,23 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
 
 
 @pytest.fixture(scope="session")
-def image(engine: Engine, sources: Sources) -> str:
+def image(engine: Engine, sources: Sources) -> Iterator[str]:
     """The target `base`, with the stand-in as its ComfyUI and one custom node."""
     tag = "localhost/comfy-endpoint-test"
     built = engine.build(sources.context, tag, "--target=base", *sources.build_options())
     assert built.returncode == 0, f"{built.stdout[-3000:]}\n{built.stderr[-6000:]}"
-    engine.must("run", "--rm", "--entrypoint=true", tag)  # now there is a bridge, and with it a gateway
-    return tag
-
-
-@dataclass(frozen=True)
-class Reachable:
-    """The RunPod stand-in, as containers see it."""
-
-    platform: Platform
-    url: str
-
-    def settings(self, worker_id: str) -> dict[str, str]:
-        environ = worker_environment(self.url, ENDPOINT, self.platform.api_key, worker_id)
-        return {**environ, "REQUIRE_GPU": "0"}
+    with engine.container(tag, SLEEPS):  # while a container is there, there is a bridge, and with it a gateway
+        yield tag
+    engine("image", "prune", "--force")
 
 
 @pytest.fixture
-def platform(engine: Engine, image: str, tmp_path: Path) -> Iterator[Reachable]:
+def platform(engine: Engine, image: str, tmp_path: Path) -> Iterator[ReachablePlatform]:
     gateway = engine.gateway()
     with boot_platform(tmp_path / "platform-log") as platform:
         port = int(platform.url.rpartition(":")[2])
         with forwarding(gateway, port) as forwarded:
-            yield Reachable(platform, f"http://{gateway}:{forwarded}")
+            yield ReachablePlatform(platform, f"http://{gateway}:{forwarded}")
 
 
 @pytest.fixture

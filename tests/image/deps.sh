@@ -19,7 +19,7 @@ needed=(
 )
 missing=()
 for ((i = 0; i < ${#needed[@]}; i += 2)); do
-    [[ -e ${needed[i]} ]] || command -v -- "${needed[i]}" >/dev/null || missing+=("${needed[i + 1]}")
+    [[ ${needed[i]} == /* && -e ${needed[i]} ]] || command -v -- "${needed[i]}" >/dev/null || missing+=("${needed[i + 1]}")
 done
 if ((${#missing[@]} > 0)); then
     command -v apt-get >/dev/null || die "There is no apt-get here; install ${missing[*]} by hand."

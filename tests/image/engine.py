@@ -7,6 +7,7 @@ Dockerfile is the real one; only its build arguments differ.
 import contextlib
 import os
 import resource
+import secrets
 import shutil
 import socket
 import subprocess
@@ -19,10 +20,14 @@ from typing import Any
 
 import pytest
 
+from local.__main__ import ENDPOINT, Platform
+from local.serverless_api import worker_environment
+
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "localhost/comfy-endpoint-test-base"
 CA_CERTIFICATES = Path("/usr/local/share/ca-certificates")
 PIP_CONFIG = Path("/etc/pip.conf")
+SLEEPS = '--entrypoint=["sleep", "600"]'
 BUILD_TIMEOUT_S = 400
 COMMAND_TIMEOUT_S = 60
 
@@ -64,7 +69,10 @@ class Engine:
         return finished.stdout.strip()
 
     def make_base(self, folder: Path) -> None:
-        """The base image, if it is not there yet: Debian with what python:3.12-slim-trixie has and the build needs."""
+        """The base image, if it is not there yet: Debian, whose Python is 3.13 where the image's own is 3.12.
+
+        `podman image rm localhost/comfy-endpoint-test-base` makes it anew, with this machine's newest settings.
+        """
         if self("image", "exists", BASE).returncode == 0:
             return
         archive = folder / "base.tar"
@@ -96,11 +104,11 @@ class Engine:
     def container(self, image: str, *options: str | Path, **settings: str) -> "Iterator[Container]":
         """A running container with ``settings`` in its environment; gone afterwards."""
         environ = [f"--env={name}={value}" for name, value in settings.items()]
-        container = Container(self, self.must("run", "--detach", *environ, *options, image))
+        name = f"comfy-endpoint-test-{secrets.token_hex(6)}"
         try:
-            yield container
+            yield Container(self, self.must("run", "--detach", f"--name={name}", *environ, *options, image))
         finally:
-            self("rm", "--force", "--time=0", container.id)
+            self("rm", "--force", "--ignore", "--time=0", name)
 
 
 @dataclass(frozen=True)
@@ -159,7 +167,11 @@ def forwarding(address: str, port: int) -> Iterator[int]:
         with contextlib.suppress(OSError):  # the listener is closed
             while True:
                 outer, _ = listener.accept()
-                inner = socket.create_connection(("127.0.0.1", port))
+                try:
+                    inner = socket.create_connection(("127.0.0.1", port))
+                except OSError:
+                    outer.close()
+                    continue
                 for ends in ((outer, inner), (inner, outer)):
                     threading.Thread(target=pump, args=ends, daemon=True).start()
 
@@ -167,6 +179,55 @@ def forwarding(address: str, port: int) -> Iterator[int]:
         threading.Thread(target=accept, daemon=True).start()
         yield listener.getsockname()[1]
         listener.shutdown(socket.SHUT_RDWR)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the build takes: a copy of this repository as its context, and git repositories of ComfyUI and a node."""
+
+    context: Path
+    repositories: Path
+
+    def commit(self, name: str, files: dict[str, str]) -> str:
+        """A git repository of these files; returns `REPOSITORY@COMMIT` as custom_nodes.txt has it."""
+        folder = self.repositories / name
+        for path, content in files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(content)
+
+        def git(*arguments: str) -> str:
+            identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+            # Nobody's own settings; and the same commits every time, so that layers are found again.
+            dates = {f"GIT_{who}_DATE": "2026-01-01T00:00:00Z" for who in ("AUTHOR", "COMMITTER")}
+            environ = {**os.environ, **dates, "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
+            command = ["git", "-C", str(folder), *identity, *arguments]
+            return subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout.strip()
+
+        git("init", "-q", "-b", "main")
+        git("add", "-A")
+        git("commit", "-q", "-m", "As it is")
+        return f"file:///repositories/{name}@{git('rev-parse', 'HEAD')}"
+
+    def build_options(self) -> list[str]:
+        return [
+            f"--volume={self.repositories}:/repositories:ro",
+            "--build-arg=COMFYUI_REPO=file:///repositories/ComfyUI",
+            "--build-arg=COMFYUI_REF=main",
+            "--build-arg=TORCH=torch-none",  # the stand-in needs none of its 7 GB
+            "--build-arg=CUSTOM_NODE_PACKAGES=libglib2.0-0",
+        ]
+
+
+@dataclass(frozen=True)
+class ReachablePlatform:
+    """The RunPod stand-in, as containers see it."""
+
+    platform: Platform
+    url: str
+
+    def settings(self, worker_id: str) -> dict[str, str]:
+        environ = worker_environment(self.url, ENDPOINT, self.platform.api_key, worker_id)
+        return {**environ, "REQUIRE_GPU": "0"}
 
 
 def require_engine() -> None:

@@ -128,8 +128,8 @@ def test_what_is_not_a_whole_commit_is_refused_in_one_sentence(
     line = f"file://{tmp_path}/Nodes@{version}" if version else f"file://{tmp_path}/Nodes"
     finished = fetch(f"{line}\n")
     assert finished.returncode == 1
-    reason = f"'{line}' is not REPOSITORY@COMMIT with all 40 digits of the commit."
-    assert finished.stderr == f"ERROR: custom_nodes.txt: {reason}\n"
+    reason = "is not REPOSITORY@COMMIT with all 40 digits of the commit."
+    assert finished.stderr == f"ERROR: Line 1 of custom_nodes.txt {reason}\n"  # not the line: it may have a token
     assert list(folder.iterdir()) == []
 
 
@@ -294,6 +294,14 @@ def test_a_node_that_ends_comfyui_fails_the_build(checkout: Path, content: str, 
     assert finished.returncode == 1
     assert sentences(finished) == [sentence]
     assert "This is a stand-in" in finished.stderr
+
+
+def test_a_core_node_that_cannot_be_imported_fails_the_build(checkout: Path) -> None:
+    """What ComfyUI 0.18.1 logs (nodes.py) where a package of its own requirements does not fit."""
+    (checkout / "main.py").write_text("print('IMPORT FAILED: nodes_canny.py')\n")
+    finished = check(checkout)
+    assert finished.returncode == 1
+    assert finished.stderr.endswith("ERROR: ComfyUI cannot import all of its own nodes (above).\n")
 
 
 def test_a_comfyui_that_does_not_start_fails_the_build_with_its_log(checkout: Path) -> None:

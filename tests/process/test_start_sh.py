@@ -64,6 +64,9 @@ def sourced(settings: dict[str, str], commands: str) -> subprocess.CompletedProc
         ("COMFYUI_ARGS", "--fast --listen 0.0.0.0", "ComfyUI binds 127.0.0.1 only"),
         ("COMFYUI_ARGS", "--cpu\t--listen\n0.0.0.0", "ComfyUI binds 127.0.0.1 only"),
         ("COMFYUI_MAX_DEATHS", "few", "COMFYUI_MAX_DEATHS is 'few'; set it to a whole number"),
+        ("COMFYUI_MAX_DEATHS", "08", "COMFYUI_MAX_DEATHS is '08'; set it to a whole number"),
+        ("COMFYUI_PORT", "99999", "COMFYUI_PORT is 99999; set it to a port, 1 to 65535."),
+        ("SSH_PORT", "0", "SSH_PORT is 0; set it to a port, 1 to 65535."),
         ("RAMDISK_MIN_MB", "1e3", "RAMDISK_MIN_MB is '1e3'; set it to a whole number"),
         ("COMFYUI_ARGS", "--listen=0.0.0.0", "ComfyUI binds 127.0.0.1 only"),
         ("RAMDISK_DIR", str(STANDIN), "set it to a directory of its own"),
@@ -197,9 +200,7 @@ OLD_DRIVER = (
     "RuntimeError: The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver by "
     "downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
 )
-NEWER_HOSTS = (
-    "Allow only hosts with a newer CUDA version in the settings of the endpoint, or build with an older TORCH."
-)
+NEWER_HOSTS = "Allow only hosts with a newer CUDA version in the settings of the endpoint."
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_a_comfyui_that_dies_while_booting_ends_the_worker_with_its_log_and_with
     settings: dict[str, str], ramdisk: Path, tmp_path: Path, message: str, advice: str
 ) -> None:
     program = f"print('Total VRAM 0 MB')\nraise SystemExit({message!r})"
-    finished = run_start_sh({**settings, "COMFYUI_DIR": checkout_that(tmp_path, program)})
+    finished = run_start_sh({**settings, "COMFYUI_DIR": checkout_that(tmp_path, program), "REQUIRE_GPU": "1"})
     assert finished.returncode == 1
     lines = finished.stderr.splitlines()
     assert message in lines
@@ -231,8 +232,33 @@ def test_a_comfyui_that_dies_while_booting_ends_the_worker_with_its_log_and_with
 def test_what_the_last_start_but_one_said_gives_no_advice(settings: dict[str, str], ramdisk: Path) -> None:
     (ramdisk / "run").mkdir(parents=True)
     (ramdisk / "run" / "comfyui.log").write_text("RuntimeError: No CUDA GPUs are available\n")
+    settings["REQUIRE_GPU"] = "1"
     assert NO_GPU in sourced(settings, "boot_advice").stdout
     assert sourced(settings, "log_start=42; boot_advice").stdout == ""
+
+
+def test_where_no_gpu_is_required_one_that_cannot_be_used_is_told(settings: dict[str, str], ramdisk: Path) -> None:
+    (ramdisk / "run").mkdir(parents=True)
+    (ramdisk / "run" / "comfyui.log").write_text("RuntimeError: No CUDA GPUs are available\n")
+    said = sourced({**settings, "REQUIRE_GPU": "0"}, "boot_advice").stdout
+    assert said == " It cannot use the GPU that is there; set COMFYUI_ARGS=--cpu to compute on the processor."
+
+
+def test_flags_for_a_gpus_memory_do_not_stop_a_comfyui_that_computes_on_the_processor(
+    settings: dict[str, str], ramdisk: Path
+) -> None:
+    settings |= {"REQUIRE_GPU": "0", "COMFYUI_ARGS": "--lowvram --reserve-vram 1 --highvram"}
+    script = f"source {ROOT / 'start.sh'}; has_gpu() {{ false; }}; _main"
+    with subprocess.Popen(["bash", "-c", script], env=settings, stderr=subprocess.DEVNULL) as worker:
+        try:
+            wait_until(lambda: (ramdisk / "run" / "listened").exists(), "ComfyUI listens")
+            with urllib.request.urlopen(f"http://127.0.0.1:{settings['COMFYUI_PORT']}/system_stats") as answer:
+                argv = json.load(answer)["system"]["argv"]
+        finally:
+            worker.send_signal(signal.SIGTERM)
+            worker.wait(10)
+    assert argv[1:3] == ["--reserve-vram", "1"]
+    assert {"--lowvram", "--highvram"}.isdisjoint(argv)
 
 
 def test_a_flag_that_comfyui_does_not_know_is_named_as_the_reason(settings: dict[str, str]) -> None:
@@ -752,8 +778,26 @@ def test_sshd_files_that_cannot_be_written_are_a_warning(settings: dict[str, str
     commands = "setup_environment; start_sshd; echo goes on"
     finished = sourced({**settings, "PUBLIC_KEY": keys["ed25519"], "SSH_DIR": "/proc/nowhere"}, commands)
     assert finished.stdout == "goes on\n"
-    sentence = "The files of sshd cannot be written to SSH_DIR=/proc/nowhere and /run/sshd; no SSH."
-    assert [line[9:] for line in finished.stderr.splitlines()] == [f"WARNING start.sh {sentence}"]
+    sentence = "The files of sshd cannot be written to SSH_DIR=/proc/nowhere and /run/sshd"
+    assert [line[9:] for line in finished.stderr.splitlines()] == [
+        f"WARNING start.sh {sentence}, or a key in there is broken; no SSH."
+    ]
+
+
+@needs_sshd
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_host_key_of_ones_own_is_used_and_a_broken_one_is_a_warning(
+    settings: dict[str, str], keys: dict[str, str], ssh_dir: Path, is_whole: bool
+) -> None:
+    """A person may mount one, so that it stays the same; without its public part."""
+    (ssh_dir / "host_key").write_text(keys["private"] if is_whole else "broken\n")
+    (ssh_dir / "host_key").chmod(0o600)
+    commands = "setup_environment; trap 'kill $sshd_pid 2>/dev/null' EXIT; start_sshd; echo goes on"
+    environ = {**settings, "PUBLIC_KEY": keys["ed25519"], "SSH_DIR": str(ssh_dir), "SSH_PORT": str(free_port())}
+    finished = sourced(environ, commands)
+    assert finished.stdout == "goes on\n"
+    assert ("host key SHA256:" in finished.stderr) == is_whole
+    assert ("a key in there is broken; no SSH." in finished.stderr) != is_whole
 
 
 def test_without_sshd_a_public_key_is_a_warning(settings: dict[str, str]) -> None:
