@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -83,6 +84,10 @@ def photograph(side: int) -> bytes:
     stream = io.BytesIO()
     square.save(stream, "PNG")
     return stream.getvalue()
+
+
+def saver(source: str) -> dict[str, Any]:
+    return {"class_type": "SaveImage", "inputs": {"images": [source, 0], "filename_prefix": "bench"}}
 
 
 # --- figures ---

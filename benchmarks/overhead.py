@@ -52,6 +52,7 @@ from benchmarks.common import (
     photograph,
     rounded,
     running_pod,
+    saver,
     which_comfyui,
     write_json,
 )
@@ -112,10 +113,6 @@ def cases() -> list[Case]:
         Case("four", "4 of 1024x1024 in and out", load(*four), four, results=4),
         Case("steps", f"{STEPS_OF_SAMPLER} steps, previews", sampled),
     ]
-
-
-def saver(source: str) -> dict[str, Any]:
-    return {"class_type": "SaveImage", "inputs": {"images": [source, 0], "filename_prefix": "bench"}}
 
 
 def sampled(number: int) -> Workflow:
