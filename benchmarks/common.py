@@ -47,7 +47,9 @@ def running_pod(*comfyui_args: str) -> Iterator[Pod]:
     if not is_real():
         settings |= {"COMFYUI_DIR": str(ROOT / "local" / "comfyui"), "COMFYUI_PYTHON": sys.executable}
     with tempfile.TemporaryFile("w+") as log:
-        process = start(["bash", str(ROOT / "start.sh")], {**os.environ, **settings}, log)
+        # A sampler on all cores would leave none for the client, and wait for that one.
+        environ = {"OMP_NUM_THREADS": "1", **os.environ, **settings}
+        process = start(["bash", str(ROOT / "start.sh")], environ, log)
         try:
             ramdisk_dir, deadline = Path(settings["RAMDISK_DIR"]), time.monotonic() + BOOT_TIMEOUT_S
             while not (ramdisk_dir / "run" / "listened").exists():
