@@ -36,9 +36,8 @@ thorough: .venv/.installed-dev ## 10,000 random inputs for the parser, 500 for t
 	@PARSER_EXAMPLES=10000 HANDLER_EXAMPLES=500 $(PY) -m pytest -s --hypothesis-show-statistics --timeout 900 \
 		tests/unit/test_payload.py tests/unit/test_truncation.py tests/process/test_any_input.py
 
-bench: .venv/.installed-dev ## the figures, a table each
-	@$(PY) -m benchmarks.memory
-	@$(PY) -m benchmarks.models
+bench: .venv/.installed-dev ## the figures, a table each, and benchmarks/latest.json
+	@$(PY) -m benchmarks
 
 lint: .venv/.installed-dev
 	@.venv/bin/ruff check .
