@@ -435,6 +435,32 @@ def test_comfyui_sees_no_secret_of_the_worker(tmp_path: Path) -> None:
     assert [name for name in names if name.startswith(("RUNPOD_", "BUCKET_", "AWS_", "HF_TOKEN", "PUBLIC_KEY"))] == []
 
 
+# A custom node that tells of the collector over and over: whether it is on, its thresholds, whether objects are frozen.
+COLLECTOR_NODE = """
+import gc, json, os, threading, time
+NODE_CLASS_MAPPINGS = {{}}
+def tell():
+    while True:
+        with open({file!r} + ".part", "w") as file:
+            json.dump([gc.isenabled(), list(gc.get_threshold()), gc.get_freeze_count() > 0], file)
+        os.replace({file!r} + ".part", {file!r})
+        time.sleep(0.02)
+threading.Thread(target=tell, daemon=True).start()
+"""
+
+
+def test_garbage_is_collected_as_ever_once_comfyui_listens(tmp_path: Path) -> None:
+    told, package = tmp_path / "told", tmp_path / "nodes" / "collector_node"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(COLLECTOR_NODE.format(file=str(told)))
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"own": {"base_path": str(tmp_path), "custom_nodes": "nodes"}}))  # YAML, too
+    with boot(tmp_path / "log", COMFYUI_ARGS=f"--extra-model-paths-config {config}") as driver:
+        asked = [driver.worker.settings["COMFYUI_PYTHON"], "-c", "import gc; print(list(gc.get_threshold()))"]
+        usual = json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+        wait_until(lambda: json.loads(told.read_text()) == [True, usual, True], "the collector is on")
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

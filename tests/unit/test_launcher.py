@@ -1,5 +1,7 @@
 """The launcher as ComfyUI's Python runs it: real processes, a main.py of the test's own."""
 
+import gc
+import json
 import signal
 import subprocess
 import sys
@@ -80,3 +82,52 @@ def test_sigterm_ends_it_as_it_ends_comfyui(checkout: Path) -> None:
         process.stdout.readline()
         process.terminate()
         assert process.wait(5) == -signal.SIGTERM
+
+
+# --- the garbage collector ---
+
+# A main.py that makes lasting objects and starts its prompt worker; then it waits until the collector is as it was.
+BOOT = """
+import gc, json, threading, time, weakref
+{before}
+kept = [[number] for number in range(500_000)]
+collections = [generation["collections"] for generation in gc.get_stats()]
+def prompt_worker():
+    time.sleep(60)
+threading.Thread(target=prompt_worker, daemon=True).start()
+deadline = time.monotonic() + {wait_s}
+while gc.get_freeze_count() < len(kept) and time.monotonic() < deadline:
+    time.sleep(0.01)
+while gc.get_threshold()[2] > 10**6 and time.monotonic() < deadline:
+    time.sleep(0.01)
+class Knot:
+    pass
+knot = Knot()
+knot.itself, knot_is_there = knot, weakref.ref(knot)
+del knot
+gc.collect()
+is_kept = gc.get_freeze_count() >= len(kept)
+print(json.dumps([collections, gc.isenabled(), gc.get_threshold(), is_kept, knot_is_there() is None]))
+"""
+
+
+def test_only_young_garbage_is_collected_until_the_prompt_worker_is_there(checkout: Path) -> None:
+    """After that the collector is as Python has it by itself, but that it leaves out what the boot has made."""
+    finished = launch(checkout, BOOT.format(before="", wait_s=20))
+    collections, is_enabled, threshold, is_frozen, is_collected = json.loads(finished.stdout)
+    assert collections[0] > 0 and collections[1] > 0 and collections[2] == 0
+    assert is_enabled and threshold == list(gc.get_threshold())
+    assert is_frozen and is_collected
+
+
+def test_without_the_launcher_the_same_boot_is_looked_at_as_a_whole(checkout: Path) -> None:
+    """Else the test above could not fail."""
+    (checkout / "main.py").write_text(BOOT.format(before="", wait_s=0))
+    plain = subprocess.run([sys.executable, "main.py"], cwd=checkout, capture_output=True, timeout=20, check=True)
+    collections, _, _, is_frozen, _ = json.loads(plain.stdout)
+    assert collections[2] > 0 and not is_frozen
+
+
+def test_what_a_custom_node_has_set_for_the_collector_stays(checkout: Path) -> None:
+    finished = launch(checkout, BOOT.format(before="gc.set_threshold(5000, 20, 30)", wait_s=20))
+    assert json.loads(finished.stdout)[2] == [5000, 20, 30]
