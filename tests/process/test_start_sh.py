@@ -248,17 +248,23 @@ def test_flags_for_a_gpus_memory_do_not_stop_a_comfyui_that_computes_on_the_proc
     settings: dict[str, str], ramdisk: Path
 ) -> None:
     settings |= {"REQUIRE_GPU": "0", "COMFYUI_ARGS": "--lowvram --reserve-vram 1 --highvram"}
-    script = f"source {ROOT / 'start.sh'}; has_gpu() {{ false; }}; _main"
-    with subprocess.Popen(["bash", "-c", script], env=settings, stderr=subprocess.DEVNULL) as worker:
+    argv, _ = flags_and_log(settings, ramdisk, is_gpu_there=False)
+    assert argv[1:3] == ["--reserve-vram", "1"]
+    assert {"--lowvram", "--highvram"}.isdisjoint(argv)
+
+
+def flags_and_log(settings: dict[str, str], ramdisk: Path, *, is_gpu_there: bool) -> tuple[list[str], str]:
+    """ComfyUI's command line, and the log of the pod until it has been stopped."""
+    script = f"source {ROOT / 'start.sh'}; has_gpu() {{ {'true' if is_gpu_there else 'false'}; }}; _main"
+    with subprocess.Popen(["bash", "-c", script], env=settings, stderr=subprocess.PIPE, text=True) as worker:
         try:
             wait_until(lambda: (ramdisk / "run" / "listened").exists(), "ComfyUI listens")
             with urllib.request.urlopen(f"http://127.0.0.1:{settings['COMFYUI_PORT']}/system_stats") as answer:
                 argv = json.load(answer)["system"]["argv"]
         finally:
             worker.send_signal(signal.SIGTERM)
-            worker.wait(10)
-    assert argv[1:3] == ["--reserve-vram", "1"]
-    assert {"--lowvram", "--highvram"}.isdisjoint(argv)
+            _, log = worker.communicate(timeout=10)
+    return argv, log
 
 
 def test_a_flag_that_comfyui_does_not_know_is_named_as_the_reason(settings: dict[str, str]) -> None:
@@ -281,16 +287,7 @@ def test_a_package_that_comfyuis_python_lacks_is_named_as_the_reason(settings: d
 def test_comfyui_computes_on_the_processor_only_where_no_gpu_is_there_or_required(
     settings: dict[str, str], ramdisk: Path, required: str, is_there: bool, on_the_processor: bool
 ) -> None:
-    script = f"source {ROOT / 'start.sh'}; has_gpu() {{ {'true' if is_there else 'false'}; }}; _main"
-    settings["REQUIRE_GPU"] = required
-    with subprocess.Popen(["bash", "-c", script], env=settings, stderr=subprocess.PIPE, text=True) as worker:
-        try:
-            wait_until(lambda: (ramdisk / "run" / "listened").exists(), "ComfyUI listens")
-            with urllib.request.urlopen(f"http://127.0.0.1:{settings['COMFYUI_PORT']}/system_stats") as answer:
-                argv = json.load(answer)["system"]["argv"]
-        finally:
-            worker.send_signal(signal.SIGTERM)
-            _, log = worker.communicate(timeout=10)
+    argv, log = flags_and_log({**settings, "REQUIRE_GPU": required}, ramdisk, is_gpu_there=is_there)
     assert ("--cpu" in argv) == on_the_processor
     assert ("There is no GPU; ComfyUI computes on the processor." in log) == on_the_processor
 
