@@ -24,9 +24,7 @@ import json
 import os
 import re
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -36,13 +34,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.common import PHOTO, is_real, p95, rounded, which_comfyui, write_json
-from local.__main__ import ENDPOINT, ROOT, Platform, free_port, running_platform, running_worker
+from benchmarks.common import (
+    PHOTO,
+    BareComfyUI,
+    booting_comfyui,
+    comfyui_dir,
+    comfyui_python,
+    is_real,
+    p95,
+    rounded,
+    which_comfyui,
+    write_json,
+)
+from benchmarks.memory import call
+from local.__main__ import ENDPOINT, ROOT, Platform, running_platform, running_worker
 
 TARGET = 0.92  # of the floor, with real ComfyUI
 DEADLINE_S = 300.0
 POLL_S = 0.02
-GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # as has_gpu in start.sh
 WORKFLOW = json.loads((ROOT / "workflows" / "one_image.json").read_text())
 # What is in the log when a phase is over; a name: the file in run/ that start.sh has written then.
 PHASES: dict[str, re.Pattern[str] | str] = {
@@ -121,13 +130,7 @@ def asked(platform: Platform) -> dict[str, Any]:
     """The job, sent before there is a worker and answered as soon as its result is posted; with the time, as `at`."""
     photo = base64.b64encode(PHOTO.read_bytes()).decode()
     body = {"input": {"workflow": WORKFLOW, "images": {PHOTO.name: photo}}}
-    request = urllib.request.Request(
-        f"{platform.api_url}/{ENDPOINT}/runsync?wait={int(DEADLINE_S * 1000)}",
-        json.dumps(body).encode(),
-        {"Authorization": f"Bearer {platform.api_key}", "Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
-        answer = dict(json.load(response))
+    answer = call(platform, f"runsync?wait={int(DEADLINE_S * 1000)}", body, DEADLINE_S)
     return answer | {"at": time.monotonic()}
 
 
@@ -163,43 +166,25 @@ def phase_seconds(lines: list[tuple[float, str]], started: float) -> Figures:
 
 def measure_bare(folder: Path, environ: Mapping[str, str]) -> Figures:
     """Bare ComfyUI: the seconds from its start to the first answer, and to the first result under `total`."""
-    folders = {name: folder / name for name in ("input", "output", "user")}
-    for place in folders.values():
-        place.mkdir(parents=True)
-    shutil.copy(PHOTO, folders["input"])
-    port = free_port()
-    command = [environ["COMFYUI_PYTHON"], "main.py", "--listen", "127.0.0.1", "--port", str(port)]
-    command += [f"--{name}-directory={place}" for name, place in folders.items()]
-    command += ["--temp-directory", str(folder), "--database-url", f"sqlite:///{folder / 'comfyui.db'}"]
-    command += [] if any(map(os.path.exists, GPUS)) else ["--cpu"]
-    with (folder / "log").open("w") as log:
-        started = time.monotonic()
-        process = subprocess.Popen(
-            command, cwd=environ["COMFYUI_DIR"], env=dict(environ), stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
-    try:
-        answers_s = wait_for_answer(process, port, folder / "log") - started
-        history = first_result(port)
+    (folder / "input").mkdir(parents=True)
+    shutil.copy(PHOTO, folder / "input")
+    with booting_comfyui(folder, "--database-url", f"sqlite:///{folder / 'comfyui.db'}", environ=environ) as comfyui:
+        wait_for_answer(comfyui)
+        answers_s = time.monotonic() - comfyui.started
+        history = first_result(comfyui.port)
         name = next(picture["filename"] for output in history["outputs"].values() for picture in output["images"])
-        picture = base64.b64encode((folders["output"] / name).read_bytes())
-        total_s = time.monotonic() - started
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        picture = base64.b64encode((folder / "output" / name).read_bytes())
+        total_s = time.monotonic() - comfyui.started
     if history["status"]["status_str"] != "success" or not picture:
         raise RuntimeError(f"bare ComfyUI: {history['status']}")
     return {"ComfyUI answers": answers_s, "total": total_s}
 
 
-def wait_for_answer(process: subprocess.Popen[bytes], port: int, log: Path) -> float:
-    deadline = time.monotonic() + DEADLINE_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"ComfyUI ended: {log.read_text()[-2000:]}")
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats", timeout=5):
-            return time.monotonic()
+def wait_for_answer(comfyui: BareComfyUI) -> None:
+    while not comfyui.answers():
+        if time.monotonic() > comfyui.started + DEADLINE_S:
+            raise RuntimeError("ComfyUI does not answer")
         time.sleep(POLL_S)
-    raise RuntimeError("ComfyUI does not answer")
 
 
 def first_result(port: int) -> dict[str, Any]:
@@ -247,12 +232,8 @@ def measured_pairs(pairs: int, environ: Mapping[str, str]) -> dict[str, list[Fig
 @contextlib.contextmanager
 def checkout(*, bytecode: bool) -> Iterator[dict[str, str]]:
     """The environment of both sides: this one, with ComfyUI's folder and Python named."""
-    folder = Path(os.environ.get("COMFYUI_DIR") or ROOT / "local" / "comfyui")
-    environ = {
-        **os.environ,
-        "COMFYUI_PYTHON": os.environ.get("COMFYUI_PYTHON") or sys.executable,
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
+    folder = comfyui_dir()
+    environ = {**os.environ, "COMFYUI_PYTHON": comfyui_python(), "PYTHONDONTWRITEBYTECODE": "1"}
     if bytecode:
         yield environ | {"COMFYUI_DIR": str(folder)}
         return

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import io
 import json
 import os
 import re
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 
-from local.__main__ import ROOT, free_port, start, stop
+from local.__main__ import ENDPOINT, ROOT, Platform, free_port, start, stop
 
 PHOTO = ROOT / "workflows" / "photos" / "coffee.jpg"
 BOOT_TIMEOUT_S = 180.0
 BOOT_POLL_S = 0.05
+GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # as has_gpu in start.sh
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,57 @@ def running_pod(*comfyui_args: str) -> Iterator[Pod]:
             stop(process)
 
 
+@dataclass(frozen=True)
+class BareComfyUI:
+    """ComfyUI without start.sh, from ``started`` (of the monotonic clock) on."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+    started: float
+
+    def answers(self) -> bool:
+        """Raises RuntimeError where it has ended."""
+        if self.process.poll() is not None:
+            raise RuntimeError(f"ComfyUI ended: {self.log.read_text()[-2000:]}")
+        url = f"http://127.0.0.1:{self.port}/system_stats"
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return True
+        return False
+
+
+@contextlib.contextmanager
+def booting_comfyui(folder: Path, *flags: str, environ: Mapping[str, str] = os.environ) -> Iterator[BareComfyUI]:
+    """`python main.py` of the checkout that ``environ`` names, or of the stand-in, with its files below ``folder``."""
+    port, log_path = free_port(), folder / "comfyui-log"
+    folders = {name: folder / name for name in ("input", "output", "user")}
+    for place in folders.values():
+        place.mkdir(parents=True, exist_ok=True)
+    command = [comfyui_python(environ), "main.py", "--listen", "127.0.0.1", "--port", str(port)]
+    command += [f"--{name}-directory={place}" for name, place in folders.items()]
+    command += ["--temp-directory", str(folder), *flags]
+    command += [] if any(map(os.path.exists, GPUS)) else ["--cpu"]
+    settings = {**environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    with log_path.open("w") as log:
+        started = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=comfyui_dir(environ), env=settings, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+    try:
+        yield BareComfyUI(process, port, log_path, started)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+def comfyui_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    return Path(environ.get("COMFYUI_DIR") or ROOT / "local" / "comfyui")
+
+
+def comfyui_python(environ: Mapping[str, str] = os.environ) -> str:
+    return environ.get("COMFYUI_PYTHON") or sys.executable
+
+
 def is_real() -> bool:
     """Whether the environment names a ComfyUI, which takes the stand-in's place."""
     return "COMFYUI_DIR" in os.environ
@@ -90,6 +147,24 @@ def photograph(side: int) -> bytes:
 
 def saver(source: str) -> dict[str, Any]:
     return {"class_type": "SaveImage", "inputs": {"images": [source, 0], "filename_prefix": "bench"}}
+
+
+def flat_workflow(color: int = 0) -> dict[str, Any]:
+    """Makes a picture of 64x64 and saves it: next to no work for ComfyUI."""
+    size = {"width": 64, "height": 64, "batch_size": 1, "color": color}
+    return {"1": {"class_type": "EmptyImage", "inputs": size}, "2": saver("1")}
+
+
+class Connection:
+    """One kept connection to the endpoint of a platform."""
+
+    def __init__(self, platform: Platform, timeout_s: float) -> None:
+        self._connection = http.client.HTTPConnection(urlsplit(platform.url).netloc, timeout=timeout_s)
+        self._headers = {"Authorization": f"Bearer {platform.api_key}", "Content-Type": "application/json"}
+
+    def call(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
+        self._connection.request(method, f"/v2/{ENDPOINT}/{path}", body, self._headers)
+        return dict(json.load(self._connection.getresponse()))
 
 
 # --- figures ---

@@ -28,6 +28,7 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.common import write_json
 from local.__main__ import ENDPOINT, Platform, running_platform, running_worker, start, stop, worker_settings
 
 MB = 1_000_000
@@ -47,13 +48,13 @@ if __name__ == "__main__":
 """
 
 
-def call(platform: Platform, path: str, body: dict[str, Any]) -> dict[str, Any]:
+def call(platform: Platform, path: str, body: dict[str, Any], timeout_s: float = DEADLINE_S) -> dict[str, Any]:
     request = urllib.request.Request(
         f"{platform.api_url}/{ENDPOINT}/{path}",
         json.dumps(body).encode(),
         {"Authorization": f"Bearer {platform.api_key}", "Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
+    with urllib.request.urlopen(request, timeout=timeout_s) as answer:
         return dict(json.load(answer))
 
 
@@ -189,8 +190,7 @@ def main() -> int:
             f"{median['share']:.2f} ({min(shares):.2f}, {max(shares):.2f})",
             flush=True,
         )
-    if options.json:
-        options.json.write_text(json.dumps(runs, indent=1) + "\n")
+    write_json(options.json, runs)
     print(f"the largest: {worst:.2f} of its Base64 more than the empty handler; the limit is {LIMIT_SHARE}")
     return 0 if worst <= LIMIT_SHARE else 1
 

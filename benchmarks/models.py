@@ -23,19 +23,18 @@ import json
 import mmap
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from local.__main__ import ROOT, free_port
+from benchmarks.common import booting_comfyui, comfyui_dir, comfyui_python, which_comfyui, write_json
+from local.__main__ import ROOT
 
 MB, GB = 1_000_000, 1_000_000_000
 LINKS = 200
@@ -44,6 +43,7 @@ CONNECTION_LIMIT = 50 * MB  # bytes a second
 READ_GB = 3.0
 CHUNK_BYTES = 1 << 20
 DEADLINE_S = 600.0
+BOOT_FLAGS = ("--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:")  # as start.sh's
 DOWNLOAD_RATIO = 2.0  # so many times faster `utils.py` must be where each connection is limited
 PLAIN_DOWNLOAD = """\
 import sys
@@ -285,42 +285,6 @@ def read_seconds(path: Path) -> float:
     return time.monotonic() - started
 
 
-@contextlib.contextmanager
-def booting_comfyui(folder: Path) -> Iterator[Callable[[], bool]]:
-    """ComfyUI as start.sh starts it; yields whether it answers."""
-    port = free_port()
-    for name in ("input", "output", "user"):
-        (folder / name).mkdir(exist_ok=True)
-    command = [comfyui_python(), "main.py", "--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch"]
-    command += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:", "--temp-directory", str(folder)]
-    command += [f"--{name}-directory={folder / name}" for name in ("input", "output", "user")]
-    command += [] if Path("/dev/nvidiactl").exists() else ["--cpu"]
-    environ = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    with (folder / "comfyui-log").open("w") as log:
-        process = subprocess.Popen(command, cwd=comfyui_dir(), env=environ, stdout=log, stderr=log)
-
-    def answers() -> bool:
-        if process.poll() is not None:
-            raise RuntimeError(f"ComfyUI ended: {(folder / 'comfyui-log').read_text()[-2000:]}")
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats", timeout=5):
-            return True
-        return False
-
-    try:
-        yield answers
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
-
-
-def comfyui_dir() -> Path:
-    return Path(os.environ.get("COMFYUI_DIR") or ROOT / "local" / "comfyui")
-
-
-def comfyui_python() -> str:
-    return os.environ.get("COMFYUI_PYTHON") or sys.executable
-
-
 def measure_read(folder: Path, file: Path, *, prefetch: bool) -> Figures:
     """The boot, then the first read of the model; both from a cold page cache."""
     prefix = subprocess.run(
@@ -331,16 +295,15 @@ def measure_read(folder: Path, file: Path, *, prefetch: bool) -> Figures:
     if (share := resident_share(file)) > 0.01:
         raise RuntimeError(f"{share:.0%} of {file} are still in memory: something has it open")
     reader = None
-    started = time.monotonic()
-    with booting_comfyui(folder) as answers:
+    with booting_comfyui(folder, *BOOT_FLAGS) as comfyui:
         if prefetch:
             environ = environment(folder, f"bench/large:{file.name}:checkpoints")
             reader = subprocess.Popen(utils_command("--prefetch"), env=environ, stderr=subprocess.DEVNULL)
-        while not answers():
-            if time.monotonic() - started > DEADLINE_S:
+        while not comfyui.answers():
+            if time.monotonic() - comfyui.started > DEADLINE_S:
                 raise RuntimeError("ComfyUI does not answer")
             time.sleep(0.05)
-        boot_s = time.monotonic() - started
+        boot_s = time.monotonic() - comfyui.started
         ahead = resident_share(file)
         read_s = read_seconds(file)
         if reader is not None and reader.wait(DEADLINE_S) != 0:
@@ -394,8 +357,7 @@ def read_table(folder: Path, options: argparse.Namespace) -> tuple[list[Figures]
     for number in range(options.runs):
         for prefetch in (False, True) if number % 2 == 0 else (True, False):
             measured[prefetch].append(measure_read(here, file, prefetch=prefetch))
-    which = "ComfyUI" if "COMFYUI_DIR" in os.environ else "the stand-in"
-    print(f"{options.read_gb:g} GB beside a boot of {which} | boot, s | then read, s | both, s | read ahead")
+    print(f"{options.read_gb:g} GB beside a boot of {which_comfyui()} | boot, s | then read, s | both, s | read ahead")
     for prefetch, runs_so in measured.items():
         median = median_of(runs_so)
         print(
@@ -435,8 +397,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="comfy-endpoint-bench-", dir=options.folder) as folder:
             runs[name], is_good = TABLES[name](Path(folder), options)
         all_good = all_good and is_good
-    if options.json:
-        options.json.write_text(json.dumps(runs, indent=1) + "\n")
+    write_json(options.json, runs)
     return 0 if all_good else 1
 
 

@@ -46,6 +46,7 @@ import worker.outputs
 import worker.payload
 from benchmarks.common import (
     Pod,
+    flat_workflow,
     in_pairs,
     is_real,
     pair_figures,
@@ -87,10 +88,6 @@ class Case:
 
 
 def cases() -> list[Case]:
-    def empty(_: int) -> Workflow:
-        size = {"width": 64, "height": 64, "batch_size": 1, "color": 0}
-        return {"1": {"class_type": "EmptyImage", "inputs": size}, "2": saver("1")}
-
     def load(*names: str) -> Callable[[int], Workflow]:
         return lambda _: {
             node_id: node
@@ -107,7 +104,7 @@ def cases() -> list[Case]:
 
     one, large, four = pictures(1024, 1), pictures(2048, 1), pictures(1024, 4)
     return [
-        Case("small", "64x64, no input", empty, limit_ms=5),
+        Case("small", "64x64, no input", lambda _: flat_workflow(), limit_ms=5),
         Case("picture", "1024x1024 in and out", load(*one), one, limit_ms=10),
         Case("large", "2048x2048 in and out", load(*large), large, limit_ms=25),
         Case("four", "4 of 1024x1024 in and out", load(*four), four, results=4),

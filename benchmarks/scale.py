@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import http.client
 import io
 import json
 import os
@@ -28,18 +27,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from PIL import Image
 
-from benchmarks.common import rounded, which_comfyui, write_json
+from benchmarks.common import Connection, flat_workflow, rounded, which_comfyui, write_json
 from benchmarks.memory import empty_handler
-from benchmarks.sdk_loop import NO_PAUSES
-from local.__main__ import ENDPOINT, Platform, running_platform, running_worker
+from benchmarks.sdk_loop import sdk
+from local.__main__ import Platform, running_platform, running_worker
 
 WORKERS = (1, 2, 4)
 JOBS, JOBS_PER_WORKER = 200, 10  # without the SDK's pauses, and with them
@@ -51,38 +48,15 @@ EMPTY_JOB: dict[str, Any] = {"size_bytes": 1}
 Figures = dict[str, Any]
 
 
-class Client:
-    """One kept connection to a platform."""
-
-    def __init__(self, platform: Platform) -> None:
-        self._connection = http.client.HTTPConnection(urlsplit(platform.url).netloc, timeout=DEADLINE_S)
-        self._headers = {"Authorization": f"Bearer {platform.api_key}", "Content-Type": "application/json"}
-
-    def call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        payload = None if body is None else json.dumps(body).encode()
-        self._connection.request(method, f"/v2/{ENDPOINT}/{path}", payload, self._headers)
-        return dict(json.load(self._connection.getresponse()))
-
-    def wait_for(self, kind: str, states: tuple[str, ...], number: int) -> None:
-        """Until /health counts so many of these. Raises RuntimeError."""
-        deadline = time.monotonic() + DEADLINE_S
-        while time.monotonic() < deadline:
-            health = self.call("GET", "health")
-            if sum(health[kind][state] for state in states) >= number:
-                return
-            time.sleep(POLL_S)
-        raise RuntimeError(f"not {number} {kind} {' or '.join(states)}: {health}")
-
-
-def colour_job(number: int) -> dict[str, Any]:
-    empty = {"width": 64, "height": 64, "batch_size": 1, "color": number}
-    save = {"images": ["1", 0], "filename_prefix": "scale"}
-    return {
-        "workflow": {
-            "1": {"class_type": "EmptyImage", "inputs": empty},
-            "2": {"class_type": "SaveImage", "inputs": save},
-        }
-    }
+def wait_for(connection: Connection, kind: str, states: tuple[str, ...], number: int) -> None:
+    """Until /health counts so many of these. Raises RuntimeError."""
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        health = connection.call("GET", "health")
+        if sum(health[kind][state] for state in states) >= number:
+            return
+        time.sleep(POLL_S)
+    raise RuntimeError(f"not {number} {kind} {' or '.join(states)}: {health}")
 
 
 def has_its_colour(number: int, output: Any) -> bool:
@@ -92,13 +66,14 @@ def has_its_colour(number: int, output: Any) -> bool:
 
 def run_jobs(platform: Platform, workers: int, job_inputs: list[dict[str, Any]]) -> tuple[float, list[dict[str, Any]]]:
     """Jobs per second from the first request to the last result, and each job's /status in the order of the inputs."""
-    client = Client(platform)
-    client.wait_for("workers", ("idle",), workers)
+    connection = Connection(platform, DEADLINE_S)
+    wait_for(connection, "workers", ("idle",), workers)
     started = time.monotonic()
-    ids = [client.call("POST", "run", {"input": job_input})["id"] for job_input in job_inputs]
-    client.wait_for("jobs", ("completed", "failed"), len(ids))
+    bodies = (json.dumps({"input": job_input}).encode() for job_input in job_inputs)
+    ids = [connection.call("POST", "run", body)["id"] for body in bodies]
+    wait_for(connection, "jobs", ("completed", "failed"), len(ids))
     took_s = time.monotonic() - started
-    return len(ids) / took_s, [client.call("GET", f"status/{job_id}") for job_id in ids]
+    return len(ids) / took_s, [connection.call("GET", f"status/{job_id}") for job_id in ids]
 
 
 def measure_floor(workers: int, jobs: int) -> float:
@@ -121,7 +96,7 @@ def measure_workers(workers: int, jobs: int) -> Figures:
         platform = stack.enter_context(running_platform(os.environ, log_file=log_file))
         for _ in range(workers):
             stack.enter_context(running_worker(platform, os.environ, log_file))
-        rate, ends = run_jobs(platform, workers, [colour_job(number) for number in numbers])
+        rate, ends = run_jobs(platform, workers, [{"workflow": flat_workflow(number)} for number in numbers])
     good = [
         end["status"] == "COMPLETED" and "retries" not in end and has_its_colour(number, end["output"])
         for number, end in zip(numbers, ends, strict=True)
@@ -135,22 +110,6 @@ def measure_workers(workers: int, jobs: int) -> Figures:
         "lost": good.count(False),
         "job_ms": statistics.median(end["executionTime"] for end in ends),
     }
-
-
-@contextlib.contextmanager
-def sdk(*, pauses: bool) -> Iterator[None]:
-    """For the processes that are started within: the SDK as it is, or without its pauses."""
-    before = os.environ.get("PYTHONPATH")
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "sitecustomize.py").write_text(NO_PAUSES)
-        if not pauses:
-            os.environ["PYTHONPATH"] = os.pathsep.join([folder, *([before] if before else [])])
-        try:
-            yield
-        finally:
-            os.environ.pop("PYTHONPATH", None)
-            if before is not None:
-                os.environ["PYTHONPATH"] = before
 
 
 def measure(workers: int, jobs: int, *, pauses: bool) -> Figures:

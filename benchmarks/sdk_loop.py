@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import http.client
 import json
 import os
 import statistics
@@ -32,11 +31,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from benchmarks.common import in_pairs, pair_figures, photograph, rounded, saver, which_comfyui, write_json
+from benchmarks.common import (
+    Connection,
+    flat_workflow,
+    in_pairs,
+    pair_figures,
+    photograph,
+    rounded,
+    saver,
+    which_comfyui,
+    write_json,
+)
 from benchmarks.memory import empty_handler, product
-from local.__main__ import ENDPOINT, Platform, running_platform
+from local.__main__ import Platform, running_platform
 
 LIMIT_MS = 5.0
 WAIT_MS = 100_000
@@ -53,11 +61,6 @@ if any(word.endswith(("rp_handler.py", "empty_handler.py")) for word in sys.orig
 """
 
 
-def small_job() -> dict[str, Any]:
-    size = {"width": 64, "height": 64, "batch_size": 1, "color": 0}
-    return {"workflow": {"1": {"class_type": "EmptyImage", "inputs": size}, "2": saver("1")}}
-
-
 def large_job() -> dict[str, Any]:
     loader = {"class_type": "LoadImage", "inputs": {"image": "photo.png"}}
     photo = base64.b64encode(photograph(LARGE_SIDE)).decode()
@@ -65,11 +68,10 @@ def large_job() -> dict[str, Any]:
 
 
 class Client:
-    """One kept connection to a platform."""
+    """Sends the same job again and again."""
 
     def __init__(self, platform: Platform) -> None:
-        self._connection = http.client.HTTPConnection(urlsplit(platform.url).netloc, timeout=WAIT_MS / 1000)
-        self._headers = {"Authorization": f"Bearer {platform.api_key}", "Content-Type": "application/json"}
+        self._connection = Connection(platform, WAIT_MS / 1000)
         self._body = b""
         self.result_bytes = 0
         self.job_ms: list[float] = []
@@ -80,12 +82,12 @@ class Client:
 
     def put(self) -> None:
         """Queue a job, and do not wait for it."""
-        self._ask("run")
+        self._connection.call("POST", "run", self._body)
 
     def run(self) -> float:
         """Milliseconds from the request to the answer of a finished job."""
         started = time.perf_counter()
-        answer = self._ask(f"runsync?wait={WAIT_MS}")
+        answer = self._connection.call("POST", f"runsync?wait={WAIT_MS}", self._body)
         took = time.perf_counter() - started
         if answer["status"] != "COMPLETED":
             raise RuntimeError(f"a job is {answer['status']}: {answer.get('error')}")
@@ -93,10 +95,6 @@ class Client:
             self.job_ms.append(sum(answer["output"]["timings_ms"].values()))
             self.result_bytes = len(answer["output"]["images"][0]["data"])
         return 1000 * took
-
-    def _ask(self, path: str) -> dict[str, Any]:
-        self._connection.request("POST", f"/v2/{ENDPOINT}/{path}", self._body, self._headers)
-        return dict(json.load(self._connection.getresponse()))
 
     def jobs_per_s(self, jobs: int) -> float:
         started = time.perf_counter()
@@ -107,25 +105,34 @@ class Client:
 
 
 @contextlib.contextmanager
-def workers(folder: Path, *, pauses: bool) -> Iterator[tuple[Client, Client]]:
-    """Clients of an empty handler and of the product, each on a platform of its own."""
-    (folder / "sitecustomize.py").write_text(NO_PAUSES)
+def sdk(*, pauses: bool) -> Iterator[None]:
+    """For the processes that are started within: the SDK as it is, or without its pauses."""
     before = os.environ.get("PYTHONPATH")
-    if not pauses:
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *([before] if before else [])])
-    try:
-        with (
-            (folder / "platform-log").open("w") as log_file,
-            running_platform(os.environ, log_file=log_file) as first,
-            running_platform(os.environ, log_file=log_file) as second,
-            empty_handler(first, folder),
-            product(second, folder),
-        ):
-            yield Client(first), Client(second)
-    finally:
-        os.environ.pop("PYTHONPATH", None)
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "sitecustomize.py").write_text(NO_PAUSES)
+        if not pauses:
+            os.environ["PYTHONPATH"] = os.pathsep.join([folder, *([before] if before else [])])
+        try:
+            yield
+        finally:
+            os.environ.pop("PYTHONPATH", None)
+            if before is not None:
+                os.environ["PYTHONPATH"] = before
+
+
+@contextlib.contextmanager
+def workers(*, pauses: bool) -> Iterator[tuple[Client, Client]]:
+    """Clients of an empty handler and of the product, each on a platform of its own."""
+    with (
+        sdk(pauses=pauses),
+        tempfile.TemporaryDirectory() as name,
+        Path(name, "platform-log").open("w") as log_file,
+        running_platform(os.environ, log_file=log_file) as first,
+        running_platform(os.environ, log_file=log_file) as second,
+        empty_handler(first, Path(name)),
+        product(second, Path(name)),
+    ):
+        yield Client(first), Client(second)
 
 
 def latencies(empty: Client, ours: Client, job_input: dict[str, Any], runs: int, rest_s: float) -> dict[str, float]:
@@ -171,9 +178,9 @@ def main() -> int:
     print(f"{'':29} | {'empty':>14} | {'worker':>14} | job itself | loop adds | jobs/s: empty, worker")
     measured = {}
     for name, pauses in ((AS_IT_IS, True), (NO_PAUSE, False)):
-        with tempfile.TemporaryDirectory() as folder, workers(Path(folder), pauses=pauses) as (empty, ours):
+        with workers(pauses=pauses) as (empty, ours):
             runs, rest_s = (options.runs, SDK_PAUSE_S) if pauses else (4 * options.runs, 0.0)
-            measured[name] = latencies(empty, ours, small_job(), runs, rest_s)
+            measured[name] = latencies(empty, ours, {"workflow": flat_workflow()}, runs, rest_s)
             jobs = min(SDK_JOBS, options.jobs) if pauses else options.jobs
             measured[name] |= rates(empty, ours, jobs, at_once=pauses)
             print_row(name, measured[name])
