@@ -207,7 +207,7 @@ CONFIG
 # usage: session_environment   for sshd_config: what utils.py reads, for people who come by SSH, but no token
 session_environment() {
     local name value settings='' MODELS=$MODELS
-    MODELS=$(sed -E 's/(^|[[:space:]])#.*//' < <(printf %s "$MODELS") | tr '\r\n' ,) # it may have lines, and comments
+    MODELS=$(printf %s "$MODELS" | sed -E 's/(^|[[:space:]])#.*//' | tr '\r\n' ,) # it may have lines, and comments
     MODELS=${MODELS%,}
     for name in COMFYUI_DIR RAMDISK_DIR VOLUME_DIRS MODELS_FILE MODELS DOWNLOAD_TO HOST_CACHE_DIR \
         HF_ENDPOINT HF_HUB_OFFLINE HF_HOME HF_HUB_CACHE; do

@@ -47,7 +47,7 @@ install() {
 
 # usage: check COMFYUI_DIR
 check() {
-    local data log node failed=''
+    local data log node imports failed=''
     cd -- "$1"
     data=$(mktemp -d)
     log=$data/log
@@ -55,14 +55,14 @@ check() {
         --disable-auto-launch --database-url sqlite:///:memory: --user-directory "$data" --temp-directory "$data" \
         --input-directory "$data" --output-directory "$data" >"$log" 2>&1 || failed='ComfyUI does not start'
     # "IMPORT FAILED: nodes_canny.py": a core node whose package does not fit (nodes.py, 0.18.1)
-    ! grep '^IMPORT FAILED: ' "$log" >/dev/null || failed=${failed:-"ComfyUI cannot import all of its own nodes"}
+    ! grep -q '^IMPORT FAILED: ' "$log" || failed=${failed:-"ComfyUI cannot import all of its own nodes"}
+    # "   0.1 seconds (IMPORT FAILED): /ComfyUI/custom_nodes/NAME" (nodes.py, 0.18.1). Before that heading stand the same
+    # lines about prestartup_script.py.
+    imports=$(sed '1,/^Import times for custom nodes:/d' "$log")
     for node in custom_nodes/*/; do
         node=$(basename -- "$node")
         [[ $node != __pycache__ && $node != '*' ]] || continue
-        # "   0.1 seconds (IMPORT FAILED): /ComfyUI/custom_nodes/NAME" (nodes.py, 0.18.1). Before that heading stand the
-        # same lines about prestartup_script.py.
-        sed '1,/^Import times for custom nodes:/d' "$log" | grep -E "seconds: .*/custom_nodes/$node\$" >/dev/null ||
-            failed=${failed:-"ComfyUI cannot import $node"}
+        grep -qE "seconds: .*/custom_nodes/$node\$" <<<"$imports" || failed=${failed:-"ComfyUI cannot import $node"}
     done
     [[ -z $failed ]] || cat -- "$log" >&2
     rm -rf -- "$data"

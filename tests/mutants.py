@@ -198,7 +198,7 @@ MUTANTS = [
     Mutant("boot advice: of this start", "start.sh", 'case $(tail -c "+$log_start"', "case $(tail -c +1", f"{START_SH} -k last_start_but_one"),
     Mutant("health check: the status", "start.sh", '[[ $status == "HTTP/1."?" 200 "* ]]', "[[ -n $status ]]", f"{START_SH} -k health_is"),
     Mutant("health check: its deadline", "start.sh", "read -rt 5 status", "read -r status", f"{START_SH} -k does_not_answer"),
-    Mutant("custom nodes: a failed import", "image/custom_nodes.sh", 'grep -E "seconds: ', 'grep -E "seconds.*: ', f"{CUSTOM_NODES} -k cannot_be_imported"),
+    Mutant("custom nodes: a failed import", "image/custom_nodes.sh", 'grep -qE "seconds: ', 'grep -qE "seconds.*: ', f"{CUSTOM_NODES} -k cannot_be_imported"),
     Mutant("custom nodes: a script before the start is no import", "image/custom_nodes.sh", "sed '1,/^Import times for custom nodes:/d'", "cat", f"{CUSTOM_NODES} -k before_the_start"),
     Mutant("custom nodes: a ComfyUI that does not start", "image/custom_nodes.sh", "|| failed='ComfyUI does not start'", "|| true", f"{CUSTOM_NODES} -k comfyui_that_does_not_start"),
     Mutant("custom nodes: why is shown", "image/custom_nodes.sh", '[[ -z $failed ]] || cat -- "$log" >&2', "true", f"{CUSTOM_NODES} -k cannot_be_imported"),

@@ -66,7 +66,7 @@ def image(engine: Engine, sources: Sources) -> Iterator[str]:
     assert built.returncode == 0, f"{built.stdout[-3000:]}\n{built.stderr[-6000:]}"
     with engine.container(tag, SLEEPS):  # while a container is there, there is a bridge, and with it a gateway
         yield tag
-    engine("image", "prune", "--force")
+    engine.prune()
 
 
 @pytest.fixture

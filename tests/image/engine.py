@@ -13,10 +13,9 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,6 +24,7 @@ from local.serverless_api import worker_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "localhost/comfy-endpoint-test-base"
+LABEL = "comfy-endpoint-test=1"
 CA_CERTIFICATES = Path("/usr/local/share/ca-certificates")
 PIP_CONFIG = Path("/etc/pip.conf")
 SLEEPS = '--entrypoint=["sleep", "600"]'
@@ -50,21 +50,21 @@ class Engine:
         self._environ = {**os.environ, "CONTAINERS_CONF": str(config)}
 
     def __call__(
-        self, *arguments: str | Path, timeout_s: float = COMMAND_TIMEOUT_S, environ: Mapping[str, str] | None = None
+        self, *arguments: str | Path, timeout_s: float = COMMAND_TIMEOUT_S
     ) -> subprocess.CompletedProcess[str]:
         """`podman ARGUMENTS`; stdout and stderr are text."""
         return subprocess.run(
             ["podman", *map(str, arguments)],
-            env={**self._environ, **(environ or {})},
+            env=self._environ,
             capture_output=True,
             text=True,
             timeout=timeout_s,
             check=False,
         )
 
-    def must(self, *arguments: str | Path, timeout_s: float = COMMAND_TIMEOUT_S, **more: Any) -> str:
+    def must(self, *arguments: str | Path, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """The stdout of a call that has to succeed."""
-        finished = self(*arguments, timeout_s=timeout_s, **more)
+        finished = self(*arguments, timeout_s=timeout_s)
         assert finished.returncode == 0, f"podman {arguments[0]}: {finished.stdout[-3000:]}\n{finished.stderr[-6000:]}"
         return finished.stdout.strip()
 
@@ -94,7 +94,11 @@ class Engine:
     def build(self, context: Path, tag: str, *options: str | Path) -> subprocess.CompletedProcess[str]:
         """`--format docker`: the other format has no HEALTHCHECK."""
         arguments = ["build", "--format=docker", "--layers", f"--build-arg=BASE_IMAGE={BASE}", f"--tag={tag}"]
-        return self(*arguments, *options, context, timeout_s=BUILD_TIMEOUT_S)
+        return self(*arguments, f"--label={LABEL}", *options, context, timeout_s=BUILD_TIMEOUT_S)
+
+    def prune(self) -> None:
+        """The images of earlier runs that have lost their name, and nobody else's."""
+        self("image", "prune", "--force", f"--filter=label={LABEL}")
 
     def gateway(self) -> str:
         """The host's address on the containers' network, which is there once a container has run."""
