@@ -23,6 +23,11 @@ def documents() -> list[str]:
     return sorted(path for path in set(found) if (ROOT / path).exists())
 
 
+def build_arguments() -> dict[str, str]:
+    """The default of each build argument of the Dockerfile."""
+    return dict(re.findall(r'^ARG ([A-Z_]+)="?([^"\n]*)"?$', text_of("Dockerfile"), re.MULTILINE))
+
+
 def text_of(document: str) -> str:
     return (ROOT / document).read_text(encoding="utf-8")
 

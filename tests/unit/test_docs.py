@@ -17,6 +17,7 @@ from local.__main__ import free_port
 from tests.documents import (
     ROOT,
     anchors,
+    build_arguments,
     documents,
     first_names,
     links,
@@ -175,8 +176,7 @@ def test_the_readme_has_some_of_the_settings_with_the_same_defaults() -> None:
 
 
 def test_the_build_arguments_are_those_of_the_dockerfile() -> None:
-    arguments = dict(re.findall(r'^ARG ([A-Z_]+)="?([^"\n]*)"?$', text_of("Dockerfile"), re.MULTILINE))
-    assert arguments == {name: default_of(cells) for name, cells in settings(BUILD).items()}
+    assert build_arguments() == {name: default_of(cells) for name, cells in settings(BUILD).items()}
     torches = [path.stem for path in (ROOT / "image").glob("torch-*.txt")]
     assert {default_of(settings(BUILD)["TORCH"]), *names(settings(BUILD)["TORCH"][2])} >= set(torches)
 

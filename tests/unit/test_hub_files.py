@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.documents import first_names, text_of
+from tests.documents import build_arguments, first_names, text_of
 from worker.config import Config
 from worker.models.grammar import parse_models
 from worker.payload import parse_job_input
@@ -95,7 +95,7 @@ def test_the_models_of_each_preset_are_those_of_an_example_and_fit_the_disk(pres
 
 
 def test_hosts_have_the_cuda_version_of_the_image_or_a_newer_one() -> None:
-    built = re.search(r"^ARG TORCH=torch-cuda-([\d.]+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    built = re.fullmatch(r"torch-cuda-([\d.]+)", build_arguments()["TORCH"])
     assert built is not None
     assert min(cuda_versions(CONFIG["allowedCudaVersions"])) == cuda_versions([built[1]])[0]
     assert TESTS["config"]["allowedCudaVersions"] == CONFIG["allowedCudaVersions"]

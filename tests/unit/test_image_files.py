@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.documents import build_arguments
+
 ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = ROOT / "image" / "constraints.txt"
 TORCH_FILES = sorted((ROOT / "image").glob("torch-*.txt"))
@@ -128,14 +130,8 @@ def test_every_stage_and_every_build_argument_that_is_used_is_declared() -> None
     assert stages == {"sources", "base", "baked"}
 
 
-def defaults() -> dict[str, str]:
-    """The default of each build argument."""
-    words = [word for instruction in instructions() if instruction.name == "ARG" for word in instruction.words]
-    return dict(word.split("=", 1) for word in words if "=" in word)
-
-
 def test_the_default_torch_is_one_of_those_that_are_there() -> None:
-    assert ROOT / "image" / f"{defaults()['TORCH']}.txt" in TORCH_FILES
+    assert ROOT / "image" / f"{build_arguments()['TORCH']}.txt" in TORCH_FILES
 
 
 # --- the build context ---

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.documents import build_arguments
+
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = (ROOT / "VERSION").read_text().strip()
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
@@ -173,7 +175,7 @@ def test_the_tests_are_run_on_the_pythons_that_are_supported() -> None:
     rows = parsed("workflows/ci.yml")["jobs"]["test"]["strategy"]["matrix"]["include"]
     assert [row["python"] for row in rows] == named
     assert PROJECT["project"]["requires-python"] == f">={named[0]}"
-    image = re.search(r"^ARG BASE_IMAGE=python:(\d+\.\d+)-", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    image = re.match(r"python:(\d+\.\d+)-", build_arguments()["BASE_IMAGE"])
     assert image is not None
     assert image[1] in named
 
